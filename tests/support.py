@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test modules use; found on the path because conftest.py lies beside it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = 10.0) -> None:
+    """Wait for *condition* where the kernel offers no event for it; fail after *timeout_s*."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {timeout_s} s: {what}")
+        time.sleep(0.002)
