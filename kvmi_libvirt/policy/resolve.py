@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decide which policy a domain gets on this host.
+
+An assignment of the host comes before the domain's own element; what either asks for
+is held against the host's sockets and its ceiling. Imports errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from kvmi_libvirt.errors import PolicyRefused
+from kvmi_libvirt.policy.element import parse_domain
+from kvmi_libvirt.policy.findings import Finding
+from kvmi_libvirt.policy.model import Reason, Rights
+
+if TYPE_CHECKING:
+    from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.limits import Ceiling, HostPolicy
+    from kvmi_libvirt.policy.model import Policy
+
+
+def decide(xml: bytes, host: HostPolicy, *, source: str) -> tuple[Domain, Policy | None]:
+    """Return the domain that *xml* describes, and the policy it gets on *host*.
+
+    Where the host assigns a policy the domain's own element is not even read, so that
+    nothing in it can keep the assignment from its effect.
+
+    Raises
+        PolicyError  *xml* is no domain, its element counts and is wrong, or the host
+                     refuses what is asked for.
+    """
+    if host.assignments:
+        domain = parse_domain(xml, source=source, with_policy=False)
+        if host.assignment(domain) is not None:
+            return domain, resolve(domain, host)
+    domain = parse_domain(xml, source=source)
+    return domain, resolve(domain, host)
+
+
+def resolve(domain: Domain, host: HostPolicy) -> Policy | None:
+    """Return the policy *domain* gets on *host*, or None for no introspection.
+
+    Raises
+        PolicyRefused  the domain asks for something the host does not allow.
+    """
+    assigned = host.assignment(domain)
+    if assigned is not None:
+        return permit(assigned.policy, host, source=host.path or "host policy")
+    if domain.policy is None:
+        return None
+    source = domain.origin or f"domain XML of {domain.name}"
+    return permit(domain.policy, host, source=source)
+
+
+def permit(policy: Policy, host: HostPolicy, *, source: str) -> Policy:
+    """Return *policy* as *host* allows it: as it is, or cut down to the ceiling.
+
+    Parameters
+        source  of the policy, for messages
+    Raises
+        PolicyRefused  the host does not allow it; has the line where it was written.
+    """
+    for finding in refusals(policy, host):
+        raise PolicyRefused(finding.message, source=source, line=finding.line)
+    allowed = policy
+    if host.ceiling is not None:
+        allowed = trim(policy, host.ceiling, place=host.path)
+    if host.kernel_abi is not None:
+        allowed = replace(allowed, kernel_abi=host.kernel_abi)
+    return allowed
+
+
+def refusals(policy: Policy, host: HostPolicy) -> list[Finding]:
+    """Return everything in *policy* that *host* does not allow."""
+    found = []
+    reason = host.refusal(policy.source)
+    if reason is not None:
+        found.append(Finding(message=reason, line=policy.source.line, error=PolicyRefused))
+    ceiling = host.ceiling
+    if ceiling is not None and not ceiling.trim:
+        for noun, asked, limit in _kinds(policy, ceiling):
+            excess = asked.allowed - limit.allowed
+            if excess or (asked.everything and not limit.everything):
+                found.append(_excess_finding(noun, asked, excess, policy, host))
+    return found
+
+
+def _kinds(policy: Policy, ceiling: Ceiling) -> tuple[tuple[str, Rights, Rights], ...]:
+    return (
+        ("command", policy.commands, ceiling.commands),
+        ("event", policy.events, ceiling.events),
+    )
+
+
+_SHOWN = 4
+
+
+def _excess_finding(
+    noun: str, asked: Rights, excess: frozenset[str], policy: Policy, host: HostPolicy
+) -> Finding:
+    names = sorted(excess)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    listed = ", ".join(names[:_SHOWN]) + more if names else f"{noun}s without a name"
+    line = None if host.ceiling is None else host.ceiling.line
+    place = Reason(rule="", source=host.path, line=line).place()
+    is_or_are = "is" if len(names) == 1 else "are"
+    text = f"{listed} {is_or_are} above this host's ceiling ({place}); ask for less"
+    rules = (asked.why.get(name) for name in names)
+    lines = [rule.line for rule in rules if rule and rule.line and rule.source == policy.origin]
+    return Finding(message=text, line=min(lines, default=policy.line), error=PolicyRefused)
+
+
+def trim(policy: Policy, ceiling: Ceiling, *, place: str | None = None) -> Policy:
+    """Return *policy* without what is above *ceiling*; the policy itself when nothing is.
+
+    Parameters
+        place  file of the ceiling, for explanations
+    """
+    commands = trim_rights(policy.commands, ceiling.commands, ceiling, place=place)
+    events = trim_rights(policy.events, ceiling.events, ceiling, place=place)
+    if (commands, events) == (policy.commands, policy.events):
+        return policy
+    return replace(policy, commands=commands, events=events)
+
+
+def trim_rights(asked: Rights, limit: Rights, ceiling: Ceiling, *, place: str | None) -> Rights:
+    """Return what of *asked* is within *limit*."""
+    cut = asked.allowed - limit.allowed
+    why = dict(asked.why)
+    for name in cut:
+        decided = limit.why.get(name)
+        told = f"cut by the ceiling: {decided.rule}" if decided else "cut by the ceiling"
+        line = decided.line if decided and decided.source == place else ceiling.line
+        why[name] = Reason(rule=told, source=place, line=line)
+    return Rights(
+        allowed=asked.allowed & limit.allowed,
+        optional=asked.optional & limit.allowed,
+        everything=asked.everything and limit.everything,
+        why=MappingProxyType(why),
+    )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/policy.md names everything a policy can hold, and its example is one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS
+from kvmi_libvirt.policy import document, shape, shapes
+from kvmi_libvirt.policy.element import parse_domain
+from kvmi_libvirt.policy.groups import GROUPS
+from kvmi_libvirt.policy.profile import SHIPPED
+
+TEXT = (Path(__file__).resolve().parents[3] / "docs" / "policy.md").read_text(encoding="utf-8")
+
+
+def rows(heading: str) -> list[str]:
+    section = TEXT.split(f"\n### {heading}\n", 1)[1].split("\n#", 1)[0]
+    return re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("heading", "names"), [("Commands", ALL_COMMANDS), ("Events", ALL_EVENTS)])
+def test_every_name_has_one_line_about_what_it_gives_away(
+    heading: str, names: frozenset[str]
+) -> None:
+    assert sorted(rows(heading)) == sorted(names)
+
+
+def test_every_element_and_attribute_is_described() -> None:
+    for name, known in shapes.ALL_SHAPES.items():
+        (section,) = re.findall(rf"^### .*`<{name}>`.*\n((?:.*\n)+?)(?=#)", TEXT, re.MULTILINE)
+        for attribute in known.all_attributes():
+            assert f"| `{attribute}`" in section, (name, attribute)
+
+
+def test_the_example_is_a_policy() -> None:
+    example = TEXT.split("```xml\n", 1)[1].split("```", 1)[0].replace("...", "")
+    policy = parse_domain(example.encode(), source="docs/policy.md").policy
+    assert policy is not None
+    assert len(policy.commands.allowed) == 3
+
+
+def test_limits_are_the_real_ones() -> None:
+    limits = TEXT.split("## Limits", 1)[1].split("\n## ", 1)[0]
+    for limit in (
+        document.MAX_ELEMENTS,
+        document.MAX_ATTRIBUTES,
+        document.MAX_NAMESPACES,
+        document.MAX_DEPTH,
+        shape.MAX_ELEMENTS,
+    ):
+        assert f"{limit:,}" in limits
+
+
+def test_every_group_and_profile_has_its_threat_in_one_line() -> None:
+    assert rows("Groups") == list(GROUPS)
+    for name, group in GROUPS.items():
+        (line,) = re.findall(rf"^\| `{name}` \|.*$", TEXT.split("### Groups", 1)[1], re.MULTILINE)
+        assert group.threat in line
+    assert rows("Profiles") == list(SHIPPED)
