@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One visit to a running QEMU: probe its kernel, hook it, change it, unhook it.
+
+Each function attaches once, does everything while the main thread is parked, and
+puts everything back. Run them through ``worker``: they block, trace and must not
+be interrupted by Python signal handlers. May import ``abi``, ``errors``,
+``newtypes``, ``plan``, ``linux`` and ``qemu``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from kvmi_libvirt import linux
+from kvmi_libvirt.abi.kvmi import (
+    KVM_CHECK_EXTENSION,
+    PROBE_ID,
+    Ioctl,
+    KvmiAbi,
+    kvm_introspection_feature,
+    kvm_introspection_hook,
+)
+from kvmi_libvirt.abi.revisions import REVISIONS
+from kvmi_libvirt.abi.v7 import V7
+from kvmi_libvirt.abi.v11 import V11, V11_OR_V12
+from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt.errors import (
+    EmulatorGone,
+    KvmiLibvirtError,
+    RemoteCallTimeout,
+    RemoteSyscallError,
+    SessionError,
+    TargetGone,
+    TargetUnsuitable,
+    UnsupportedByKernel,
+    errno_name,
+)
+from kvmi_libvirt.qemu.remote import Remote
+from kvmi_libvirt.qemu.tracee import attach_parked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmi_libvirt.newtypes import RemoteAddr, RemoteFd
+    from kvmi_libvirt.plan import Plan, Step
+    from kvmi_libvirt.qemu.process import Process
+
+logger = logging.getLogger(__name__)
+
+_UNDO_S: Final = 1.0
+_HOOK_OFFSET: Final = 160
+_FEATURES_OFFSET: Final = 192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a session did.
+
+    ``applied`` are the steps' descriptions; ``stall_us`` is how long QEMU's main
+    thread was held, ``gap_us`` the time from HOOK to the last grant.
+    """
+
+    abi: str
+    applied: tuple[str, ...] = ()
+    stall_us: int = 0
+    gap_us: int = 0
+
+
+# -- probing -----------------------------------------------------------------------------
+
+
+def probe(process: Process, vm_fd: RemoteFd, *, deadline: float) -> Report:
+    """Find out which KVMI revision the kernel under *process* speaks.
+
+    Changes nothing: the ioctls carry an id no revision accepts. Two of them must
+    agree, since single numbers were re-used by mainline kernels.
+
+    Raises
+        UnsupportedByKernel  no KVMI, or KVMI switched off; nothing was changed
+        EmulatorGone         an emulated kernel whose supervisor has ended
+        TargetBusy           never found parked; nothing was touched
+    """
+    with attach_parked(process, deadline=deadline) as tracee:
+        remote = Remote(process, tracee)
+        feature = remote.write_struct(0, kvm_introspection_feature(0, PROBE_ID))
+        abi = _probe_revisions(remote, vm_fd, feature)
+    return Report(abi=abi.name, stall_us=round(tracee.stall_s * 1e6))
+
+
+def _probe_revisions(remote: Remote, vm_fd: RemoteFd, feature: RemoteAddr) -> KvmiAbi:
+    seen = set()
+    for abi in REVISIONS:
+        requests = (abi.request(Ioctl.COMMAND), abi.request(Ioctl.EVENT))
+        if requests in seen:
+            continue
+        seen.add(requests)
+        answers = {_probe_one(remote, vm_fd, request, feature) for request in requests}
+        if answers == {errno.ENOTTY}:
+            continue
+        if answers == {errno.EINVAL}:
+            return V7 if abi is V7 else _v11_or_v12(remote, vm_fd)
+        _explain_probe(answers)
+    raise UnsupportedByKernel(
+        "the running kernel has no KVM introspection (KVMI): "
+        "boot a kernel built with CONFIG_KVM_INTROSPECTION"
+    )
+
+
+def _probe_one(remote: Remote, vm_fd: RemoteFd, request: int, feature: RemoteAddr) -> int:
+    try:
+        remote.ioctl("probe", vm_fd, request, feature)
+    except RemoteSyscallError as error:
+        return error.errno or 0
+    return 0
+
+
+def _explain_probe(answers: set[int]) -> None:
+    if answers == {errno.EPERM}:
+        raise UnsupportedByKernel(
+            "KVM introspection is switched off in this kernel: "
+            "boot with kvm.introspection=1 (or load kvm with introspection=1)"
+        )
+    if errno.ENOSYS in answers:
+        raise EmulatorGone("the KVMI emulator of this VM has ended: restart the VM")
+    if errno.EIO in answers:
+        raise TargetUnsuitable("the VM was created by another process (EIO)")
+    names = ", ".join(sorted(errno_name(answer) for answer in answers))
+    raise UnsupportedByKernel(f"the kernel answers the KVMI probe in an unknown way ({names})")
+
+
+def _v11_or_v12(remote: Remote, vm_fd: RemoteFd) -> KvmiAbi:
+    # Only the capability number differs. Mainline gave both numbers to other
+    # features, so only a lone "1" on one of them decides.
+    has = {abi.name: _extension(remote, vm_fd, abi.capability) == 1 for abi in (V11, V12)}
+    if has["v12"] and not has["v11"]:
+        return V12
+    if has["v11"] and not has["v12"]:
+        return V11
+    return V11_OR_V12
+
+
+def _extension(remote: Remote, vm_fd: RemoteFd, capability: int) -> int:
+    try:
+        return remote.ioctl("KVM_CHECK_EXTENSION", vm_fd, KVM_CHECK_EXTENSION, capability)
+    except RemoteSyscallError:
+        return 0
+
+
+# -- hooking -----------------------------------------------------------------------------
+
+
+def hook(
+    process: Process,
+    vm_fd: RemoteFd,
+    plan: Plan,
+    sock: socket.socket,
+    uuid: bytes,
+    *,
+    deadline: float,
+) -> Report:
+    """Hand *sock* to KVM through QEMU and carry out *plan*, HOOK first.
+
+    After HOOK nothing but the query commands is allowed until each grant is made,
+    so at no instant is more allowed than the plan. On any failure the VM is
+    unhooked again and QEMU's copies are closed.
+
+    Parameters
+        sock  connected to the tool, handshake done; borrowed, the kernel takes its own
+        uuid  the domain's, 16 raw bytes
+
+    Raises
+        SessionError  .kind tells what went wrong, .left what could not be undone
+        TargetBusy    never found parked; nothing was touched
+    """
+    run = _Run(plan.abi)
+    with attach_parked(process, deadline=deadline) as tracee:
+        remote = Remote(process, tracee)
+        opened: list[RemoteFd] = []
+        try:
+            channel = _pass_socket(remote, sock, opened)
+            _write_features(remote, plan.steps)
+            argument = kvm_introspection_hook(channel, 0, tuple(uuid))
+            hook_addr = remote.write_struct(_HOOK_OFFSET, argument)
+            run.steps(remote, vm_fd, plan.steps, hook_addr)
+            left = _close_all(remote, opened)
+            if left:
+                raise OSError(errno.EIO, "cleaning up inside QEMU failed")
+        except TargetGone:
+            raise
+        except BaseException as error:
+            # Whatever it was, a defect of ours included: no right may stay behind.
+            if process.is_ending(error):
+                raise TargetGone(
+                    f"QEMU process {process.pid} has ended", pid=process.pid
+                ) from error
+            tracee.extend_deadline(time.monotonic() + _UNDO_S)
+            left = [] if not run.is_hooked else _undo_hook(remote, vm_fd, plan.abi)
+            left += _close_all(remote, opened)
+            raise run.failed(error, left) from error
+    return run.report(tracee.stall_s)
+
+
+def change(process: Process, vm_fd: RemoteFd, plan: Plan, *, deadline: float) -> Report:
+    """Carry out *plan* on a VM that is hooked already: disallow first, then allow.
+
+    On a failure the steps before it stay in force; they are in ``applied``, and
+    none of them allows more than the old and new policy together.
+    """
+    run = _Run(plan.abi)
+    with attach_parked(process, deadline=deadline) as tracee:
+        remote = Remote(process, tracee)
+        _write_features(remote, plan.steps)
+        try:
+            run.steps(remote, vm_fd, plan.steps, None)
+        except TargetGone:
+            raise
+        except BaseException as error:
+            raise run.failed(error, []) from error
+    return run.report(tracee.stall_s)
+
+
+def recover(
+    process: Process,
+    vm_fd: RemoteFd,
+    sockets_before: Sequence[int],
+    channel_inode: int,
+    request_unhook: int,
+    *,
+    deadline: float,
+) -> Report:
+    """Clean up what an interrupted session left: unhook, close its sockets.
+
+    What is left is only looked for while the thread is parked: the call that was
+    about to be made when the tracer died is made by the thread on its own.
+    """
+    applied = []
+    with attach_parked(process, deadline=deadline) as tracee:
+        remote = Remote(process, tracee)
+        remote.ioctl("KVM_INTROSPECTION_UNHOOK", vm_fd, request_unhook, 0)
+        applied.append("unhooked what an interrupted session had hooked")
+        for fd in leftover_sockets(process, sockets_before, channel_inode):
+            remote.close(fd)
+            applied.append(f"closed leftover socket {fd}")
+    return Report(abi="", applied=tuple(applied), stall_us=round(tracee.stall_s * 1e6))
+
+
+class _Run:
+    # The steps of one session: what is applied, and how long the gap was.
+    def __init__(self, abi: KvmiAbi) -> None:
+        self._abi = abi
+        self._applied: list[str] = []
+        self.is_hooked = False
+        self._hooked_at = 0.0
+        self._gap_s = 0.0
+
+    def steps(
+        self, remote: Remote, vm_fd: RemoteFd, steps: Sequence[Step], hook_addr: RemoteAddr | None
+    ) -> None:
+        feature = remote.scratch + _FEATURES_OFFSET
+        for step in steps:
+            argument = 0
+            if step.ioctl is Ioctl.HOOK:
+                assert hook_addr is not None
+                argument = hook_addr
+                self.is_hooked = True  # unless the kernel says no: a timeout leaves it open
+            elif step.ioctl in (Ioctl.COMMAND, Ioctl.EVENT):
+                argument = feature
+                feature += struct.calcsize("=Ii")
+            try:
+                remote.ioctl(step.describe(), vm_fd, step.request, argument)
+            except RemoteCallTimeout:
+                raise
+            except RemoteSyscallError:
+                self.is_hooked = self.is_hooked and step.ioctl is not Ioctl.HOOK
+                raise
+            self._applied.append(step.describe())
+            if step.ioctl is Ioctl.HOOK:
+                self._hooked_at = time.monotonic()
+        if self._hooked_at:
+            self._gap_s = time.monotonic() - self._hooked_at
+
+    def failed(self, error: BaseException, left: list[str]) -> SessionError:
+        message = explain(error) if isinstance(error, RemoteSyscallError) else str(error)
+        is_undone = self.is_hooked and not left
+        if is_undone:
+            message += "; the VM was unhooked again"
+        elif left:
+            message += f"; LEFT IN QEMU: {', '.join(left)}"
+        return SessionError(
+            message or type(error).__name__,
+            applied=() if is_undone else tuple(self._applied),
+            left=tuple(left),
+            kind=type(error).__name__,
+            exit_code=getattr(error, "exit_code", SessionError.exit_code),
+        )
+
+    def report(self, stall_s: float) -> Report:
+        return Report(
+            abi=self._abi.name,
+            applied=tuple(self._applied),
+            stall_us=round(stall_s * 1e6),
+            gap_us=round(self._gap_s * 1e6),
+        )
+
+
+def _pass_socket(remote: Remote, sock: socket.socket, opened: list[RemoteFd]) -> RemoteFd:
+    near, far = remote.socketpair()
+    opened += (near, far)
+    remote.send_through(near, sock)
+    channel = remote.receive_fd(far)
+    opened.append(channel)
+    remote.require_same_socket(channel, sock)
+    return channel
+
+
+def _write_features(remote: Remote, steps: Sequence[Step]) -> None:
+    # All argument blocks in one write: fewer system calls while QEMU waits.
+    blocks = b"".join(
+        bytes(kvm_introspection_feature(step.allow or 0, step.id or 0))
+        for step in steps
+        if step.ioctl in (Ioctl.COMMAND, Ioctl.EVENT)
+    )
+    if blocks:
+        remote.write(_FEATURES_OFFSET, blocks)
+
+
+def _undo_hook(remote: Remote, vm_fd: RemoteFd, abi: KvmiAbi) -> list[str]:
+    try:
+        remote.ioctl("KVM_INTROSPECTION_UNHOOK", vm_fd, abi.request(Ioctl.UNHOOK), 0)
+    except (KvmiLibvirtError, OSError) as error:
+        logger.exception("undoing HOOK failed")
+        return [f"the hook ({error})"]
+    return []
+
+
+def _close_all(remote: Remote, opened: list[RemoteFd]) -> list[str]:
+    # What is closed is no longer in *opened*: a second try is about the rest.
+    left = []
+    for fd in tuple(reversed(opened)):
+        try:
+            remote.close(fd)
+            opened.remove(fd)
+        except (KvmiLibvirtError, OSError) as error:
+            logger.exception("closing descriptor %d in QEMU failed", fd)
+            left.append(f"descriptor {fd} ({error})")
+    return left
+
+
+def explain(error: RemoteSyscallError) -> str:
+    """Return what *error* of an introspection ioctl means, in words for an operator."""
+    meanings = {
+        errno.EEXIST: "the VM is hooked already, or its vCPUs have not run since it was unhooked",
+        errno.EPERM: "KVM introspection is switched off in this kernel (kvm.introspection=0)",
+        errno.ENOTTY: "the running kernel has no KVM introspection of this revision",
+        errno.ENOSYS: "the KVMI emulator of this VM has ended: restart the VM",
+        errno.EFAULT: "the VM is not hooked",
+        errno.ENOMEM: "the kernel is out of memory",
+    }
+    meaning = meanings.get(error.errno or 0)
+    return f"{error}: {meaning}" if meaning and "ioctl" not in error.call else str(error)
+
+
+def unhook(process: Process, vm_fd: RemoteFd, abi: KvmiAbi, *, deadline: float) -> Report:
+    """Take introspection off the VM: the tool's socket is shut down, all rights end.
+
+    Harmless on a VM that is not hooked. May wait in the kernel for the vCPUs.
+    """
+    with attach_parked(process, deadline=deadline) as tracee:
+        remote = Remote(process, tracee)
+        remote.ioctl("KVM_INTROSPECTION_UNHOOK", vm_fd, abi.request(Ioctl.UNHOOK), 0)
+    return Report(
+        abi=abi.name,
+        applied=(Ioctl.UNHOOK.value,),
+        stall_us=round(tracee.stall_s * 1e6),
+    )
+
+
+def leftover_sockets(
+    process: Process, sockets_before: Sequence[int], channel_inode: int
+) -> list[RemoteFd]:
+    """Return QEMU's sockets that only an interrupted session can have left there.
+
+    Not there before it, and either the channel itself or one end of a nameless pair
+    that QEMU has with itself. QEMU makes no such pairs of its own.
+    """
+    left = []
+    for fd, link in process.fd_links().items():
+        if not link.startswith("socket:[") or int(link[8:-1]) in sockets_before:
+            continue
+        if int(link[8:-1]) == channel_inode or _is_pair_of(process, fd):
+            left.append(fd)
+    return sorted(left)
+
+
+def _is_pair_of(process: Process, fd: RemoteFd) -> bool:
+    try:
+        local = linux.pidfd_getfd(process.pidfd, fd)
+    except OSError:
+        return False
+    with socket.socket(fileno=local) as sock:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            return False
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        creator = struct.unpack("3i", raw)[0]
+        try:
+            nameless = not sock.getsockname() and not sock.getpeername()
+        except OSError:  # its other end is closed: then it was half of a pair, or is gone anyway
+            nameless = not sock.getsockname()
+        return creator == process.pid and nameless

@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A victim that blocks in one system call and reports what that call returned to it.
+ *
+ *   parked CALL TIMEOUT_MS [restart]
+ *
+ * CALL waits for a byte on stdin (ppoll, poll, epoll_wait, read) or for time
+ * (nanosleep, clock_nanosleep, futex), or is "spin", which never blocks, or
+ * "exit-leader", which leaves the process without its first thread. Before each call it prints "ready", after it one line of results. A byte 'q' ends it.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static volatile sig_atomic_t signals, last_code, last_pid, last_value;
+
+static void on_signal(int number, siginfo_t *info, void *context)
+{
+	(void)number;
+	(void)context;
+	signals++;
+	last_code = info->si_code;
+	last_pid = info->si_pid;
+	last_value = info->si_value.sival_int;
+}
+
+static void *sleep_for_ever(void *unused)
+{
+	for (;;)
+		pause();
+	return unused;
+}
+
+static long elapsed_ms(const struct timespec *from)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (now.tv_sec - from->tv_sec) * 1000 + (now.tv_nsec - from->tv_nsec) / 1000000;
+}
+
+static long block(const char *call, long timeout_ms, int epoll_fd)
+{
+	struct timespec timeout = { timeout_ms / 1000, timeout_ms % 1000 * 1000000 };
+	struct pollfd stdin_poll = { .fd = 0, .events = POLLIN };
+	struct epoll_event event;
+	static int word;
+
+	if (!strcmp(call, "ppoll"))
+		return ppoll(&stdin_poll, 1, timeout_ms < 0 ? NULL : &timeout, NULL);
+	if (!strcmp(call, "poll"))
+		return poll(&stdin_poll, 1, (int)timeout_ms);
+	if (!strcmp(call, "epoll_wait"))
+		return epoll_wait(epoll_fd, &event, 1, (int)timeout_ms);
+	if (!strcmp(call, "nanosleep"))
+		return nanosleep(&timeout, NULL);
+	if (!strcmp(call, "clock_nanosleep")) {
+		errno = clock_nanosleep(CLOCK_MONOTONIC, 0, &timeout, NULL);
+		return errno ? -1 : 0;
+	}
+	if (!strcmp(call, "futex"))
+		return syscall(SYS_futex, &word, FUTEX_WAIT, 0, &timeout, NULL, 0);
+	if (!strcmp(call, "exit-leader")) {
+		pthread_t other;
+
+		pthread_create(&other, NULL, sleep_for_ever, NULL);
+		pthread_exit(NULL);
+	}
+	if (!strcmp(call, "spin")) {
+		for (;;)
+			__asm__ volatile("pause");
+	}
+	return -2;
+}
+
+int main(int argc, char **argv)
+{
+	struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO };
+	struct epoll_event interest = { .events = EPOLLIN };
+	int epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	const char *call = argv[1];
+	long timeout_ms = atol(argv[2]);
+	char byte = 0;
+
+	if (argc > 3)
+		action.sa_flags |= SA_RESTART;
+	sigaction(SIGUSR1, &action, NULL);
+	sigaction(SIGUSR2, &action, NULL);
+	epoll_ctl(epoll_fd, EPOLL_CTL_ADD, 0, &interest);
+	setvbuf(stdout, NULL, _IONBF, 0);
+	while (byte != 'q') {
+		struct timespec start;
+		long result;
+		int error;
+
+		clock_gettime(CLOCK_MONOTONIC, &start);
+		dprintf(1, "ready\n");
+		errno = 0;
+		if (!strcmp(call, "read"))
+			result = read(0, &byte, 1);
+		else
+			result = block(call, timeout_ms, epoll_fd);
+		error = result < 0 ? errno : 0;
+		dprintf(1, "result=%ld errno=%d elapsed_ms=%ld signals=%d code=%d pid=%d value=%d\n",
+			result, error, elapsed_ms(&start), signals, last_code, last_pid, last_value);
+		if (strcmp(call, "read")) {
+			struct pollfd stdin_poll = { .fd = 0, .events = POLLIN };
+
+			/* Wait for the order to go on, whatever the call under test did. */
+			while (poll(&stdin_poll, 1, -1) < 0)
+				;
+			if (read(0, &byte, 1) != 1)
+				return 1;
+		}
+	}
+	return 0;
+}
