@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process below the launcher, told what to do, for the emulator's tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support import wait_until
+
+from kvmi_libvirt.abi.kvmi import KVM_CHECK_EXTENSION, Ioctl, KvmiAbi
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+VICTIM = Path(__file__).parent / "victims" / "emulator_victim.py"
+COMMAND_LINE = Path(sys.executable).with_name("kvmi-libvirt")
+WRAPPER = Path(sys.executable).with_name("kvmi-emulated-qemu")
+TIMEOUT_S = 20.0
+
+GET_VERSION = struct.pack("<HHI", 2, 0, 1)
+GET_INFO = struct.pack("<HHI", 8, 0, 1)
+
+
+def feature(allow: int, feature_id: int) -> str:
+    """Return the argument of COMMAND and EVENT, in hex."""
+    return struct.pack("=Ii", allow, feature_id).hex()
+
+
+def hook_argument(fd: int, *, padding: int = 0, uuid: bytes = bytes(16)) -> str:
+    """Return the argument of HOOK, in hex."""
+    return struct.pack("=iI16s", fd, padding, uuid).hex()
+
+
+def supervisor_of(pid: int) -> int | None:
+    """Return the process id of the supervisor that serves *pid*, if there is one."""
+    wanted = f"kvmi-emulator for process {pid}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                found = (entry / "cmdline").read_bytes().rstrip(b"\0")
+            except OSError:
+                continue
+            if found == wanted:
+                return int(entry.name)
+    return None
+
+
+def wait_for_end(pidfd: int, *, what: str) -> None:
+    """Wait until the process behind *pidfd* has ended."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    assert poll.poll(TIMEOUT_S * 1000), f"still there: {what}"
+
+
+def tool_pair() -> tuple[socket.socket, socket.socket]:
+    """Return the tool's end, with a timeout, and the end to hook."""
+    tool, kernel_end = socket.socketpair()
+    tool.settimeout(TIMEOUT_S)
+    return tool, kernel_end
+
+
+def received(tool: socket.socket, length: int) -> bytes:
+    """Return exactly *length* bytes, or fewer at the end of the stream."""
+    data = b""
+    while len(data) < length:
+        piece = tool.recv(length - len(data))
+        if not piece:
+            break
+        data += piece
+    return data
+
+
+def asked(tool: socket.socket, message: bytes) -> bytes:
+    """Send one message and return its whole reply."""
+    tool.sendall(message)
+    header = received(tool, 8)
+    return header + received(tool, struct.unpack_from("<H", header, 2)[0])
+
+
+class Emulated:
+    """A victim below ``kvmi-libvirt emulate``. Use it with ``with``."""
+
+    def __init__(
+        self,
+        abi: KvmiAbi,
+        trace: Path | None = None,
+        *,
+        options: Sequence[str] = (),
+        user: int | None = None,
+    ) -> None:
+        self.abi = abi
+        self.vm = -1
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(TIMEOUT_S)
+        command = [str(COMMAND_LINE), "emulate", "--abi", abi.name, *options]
+        if trace is not None:
+            command += ["--trace", str(trace)]
+        self._second, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._second.settimeout(TIMEOUT_S)
+        with theirs, second:
+            fds = [theirs.fileno(), second.fileno()]
+            command += ["--", sys.executable, str(VICTIM), *map(str, fds)]
+            self.process = subprocess.Popen(
+                command, pass_fds=fds, user=user, stderr=subprocess.PIPE
+            )
+        self.pid = self.process.pid
+        try:
+            self.do("status")  # it runs: so does its supervisor
+            supervisor = supervisor_of(self.pid)
+            assert supervisor is not None
+            self.supervisor = supervisor
+            self.supervisor_pidfd = os.pidfd_open(supervisor)
+        except BaseException:
+            self.process.kill()
+            self.process.communicate()
+            self._control.close()
+            self._second.close()
+            raise
+
+    def __enter__(self) -> Emulated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._control.close()
+        self._second.close()
+        try:
+            signal.pidfd_send_signal(self.supervisor_pidfd, signal.SIGCONT)
+        except ProcessLookupError:  # ended already, as some tests want
+            pass
+        try:
+            errors = self.process.communicate(timeout=TIMEOUT_S)[1]
+            assert errors == b"" or self.process.returncode < 0, errors
+            wait_for_end(self.supervisor_pidfd, what="the supervisor")
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.communicate()
+            os.close(self.supervisor_pidfd)
+
+    def ask(self, op: str, *, fds: Sequence[int] = (), **arguments: Any) -> None:
+        """Send a request without waiting for the answer."""
+        request = json.dumps({"op": op, **arguments}).encode()
+        socket.send_fds(self._control, [request], list(fds))
+
+    def answer(self) -> Any:
+        """Return the answer to the oldest request."""
+        data = self._control.recv(1 << 17)
+        if not data:
+            pytest.fail(f"the victim ended: {self.process.communicate()[1]!r}")
+        return json.loads(data)["result"]
+
+    def do(self, op: str, *, fds: Sequence[int] = (), **arguments: Any) -> Any:
+        """Let the victim do *op* and return what it says."""
+        self.ask(op, fds=fds, **arguments)
+        return self.answer()
+
+    def make_vm(self) -> int:
+        """Return the VM fd, in the victim, of a new VM."""
+        self.vm = int(self.do("create_vm", kvm=self.do("open_kvm")))
+        return self.vm
+
+    def has_answer(self, *, within_s: float) -> bool:
+        """Say whether an answer came within so many seconds."""
+        return _is_readable(self._control, within_s)
+
+    @contextmanager
+    def second(self, vm: int) -> Iterator[SecondThread]:
+        """Go on in a second thread of the victim, while its main thread is in a call."""
+        # Made before by every victim: it reads from a pair of its own.
+        yield SecondThread(self, self._second, vm)
+
+    def give(self, sock: socket.socket) -> int:
+        """Pass a socket to the victim; return its fd there."""
+        return int(self.do("received", fds=[sock.fileno()])[0])
+
+    def call(self, ioctl: Ioctl, fd: int, argument: str = "") -> dict[str, Any]:
+        """Return the request for one ioctl, for in_thread and in_fork."""
+        request = self.abi.request(ioctl)
+        if argument:
+            return {"op": "ioctls", "fd": fd, "request": request, "arguments": [argument]}
+        return {"op": "ioctl", "fd": fd, "request": request, "argument": 0}
+
+    def ioctl(self, ioctl: Ioctl, fd: int, argument: str = "") -> int | str:
+        """Make one introspection ioctl; return its result or the name of its errno."""
+        answer = self.do(**self.call(ioctl, fd, argument))
+        result: int | str = answer[0] if argument else answer
+        return result
+
+    def check_extension(self, fd: int, extension: int | None = None) -> int | str:
+        """Ask *fd* for an extension, the introspection capability by default."""
+        wanted = self.abi.capability if extension is None else extension
+        result: int | str = self.do("ioctl", fd=fd, request=KVM_CHECK_EXTENSION, argument=wanted)
+        return result
+
+    def hook(self, vm: int) -> socket.socket:
+        """Hook *vm*; return the tool's end."""
+        tool, kernel_end = tool_pair()
+        with kernel_end:
+            fd = self.give(kernel_end)
+        assert self.ioctl(Ioctl.HOOK, vm, hook_argument(fd)) == 0
+        self.do("close", fd=fd)
+        return tool
+
+    def stop_supervisor(self) -> None:
+        """Stop the supervisor, and wait until it is."""
+        os.kill(self.supervisor, signal.SIGSTOP)
+        stat = Path(f"/proc/{self.supervisor}/stat")
+        wait_until(
+            lambda: stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T",
+            what="the supervisor stops",
+        )
+
+    def wait_until_blocked(self, pid: int | None = None) -> None:
+        """Wait until the victim's main thread, or *pid*, waits for the supervisor's answer."""
+        wchan = Path(f"/proc/{pid or self.pid}/wchan")
+        wait_until(
+            lambda: "seccomp" in wchan.read_text(encoding="ascii"), what="the call is notified"
+        )
+
+
+class SecondThread:
+    """A second thread of the victim, for calls on one VM."""
+
+    def __init__(self, victim: Emulated, control: socket.socket, vm: int) -> None:
+        self._victim = victim
+        self._control = control
+        self._vm = vm
+
+    def ask_many(self, calls: Sequence[tuple[Ioctl, str]]) -> int:
+        """Send the calls without waiting; return how many answers will come."""
+        for ioctl, argument in calls:
+            call = self._victim.call(ioctl, self._vm, argument)
+            self._control.send(json.dumps(call).encode())
+        return len(calls)
+
+    def has_answer(self, *, within_s: float) -> bool:
+        """Say whether an answer came within so many seconds."""
+        return _is_readable(self._control, within_s)
+
+    def answers(self, count: int) -> list[Any]:
+        """Return the next answers."""
+        results = [json.loads(self._control.recv(1 << 17))["result"] for _ in range(count)]
+        return [each[0] if isinstance(each, list) else each for each in results]
+
+
+def _is_readable(sock: socket.socket, within_s: float) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(within_s * 1000))
+
+
+def trace_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a trace."""
+    return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]

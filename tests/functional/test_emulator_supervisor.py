@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supervisor when a notification goes wrong half-way.
+
+Here the supervisor runs in the test's own process, and the victim puts the filter
+on itself: so a moment inside an iteration can be chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from emulator_harness import (
+    GET_VERSION,
+    TIMEOUT_S,
+    VICTIM,
+    feature,
+    hook_argument,
+    received,
+    tool_pair,
+    trace_lines,
+)
+from support import wait_until
+
+from kvmi_libvirt import linux
+from kvmi_libvirt.abi.kvmi import Ioctl
+from kvmi_libvirt.abi.seccomp import SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt.emulator import supervisor as supervisor_module
+from kvmi_libvirt.emulator.kernel import Answer
+from kvmi_libvirt.emulator.process import read_argument
+from kvmi_libvirt.emulator.registry import Registry
+from kvmi_libvirt.emulator.supervisor import Supervisor
+from kvmi_libvirt.emulator.trace import Trace
+from kvmi_libvirt.newtypes import LocalFd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+pytestmark = [pytest.mark.kvm, pytest.mark.seccomp]
+
+HOOK, COMMAND = V12.request(Ioctl.HOOK), V12.request(Ioctl.COMMAND)
+
+
+class Laboratory:
+    """A victim with a filter, and its supervisor, stepped by the test."""
+
+    def __init__(self, trace_path: Path, flags: int) -> None:
+        self.trace_path = trace_path
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(TIMEOUT_S)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, str(VICTIM), str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            )
+        self._ask("install_filter", abi="v12", flags=flags)
+        _, fds, _, _ = socket.recv_fds(self._control, 4096, 1)
+        self.listener = LocalFd(fds[0])
+        self._trace = Trace(trace_path)
+        self.supervisor = Supervisor(self.listener, V12, self._trace, stand_in=False)
+
+    def close(self) -> None:
+        self._control.close()
+        self.process.kill()
+        self.process.wait()
+        with self.supervisor:
+            pass
+        self._trace.close()
+        os.close(self.listener)
+
+    def _ask(self, op: str, *, fds: Sequence[int] = (), **arguments: Any) -> None:
+        socket.send_fds(self._control, [json.dumps({"op": op, **arguments}).encode()], list(fds))
+
+    def do(self, op: str, *, fds: Sequence[int] = (), **arguments: Any) -> Any:
+        """Let the victim do *op*, serving its notifications until it answers."""
+        self._ask(op, fds=fds, **arguments)
+        poll = select.poll()
+        poll.register(self.listener, select.POLLIN)
+        poll.register(self._control, select.POLLIN)
+        while True:
+            ready = dict(poll.poll(TIMEOUT_S * 1000))
+            assert ready, "neither an answer nor a notification"
+            if ready.get(self._control.fileno()):
+                return json.loads(self._control.recv(1 << 17))["result"]
+            self.supervisor._serve_once()
+
+    def ioctl(self, vm: int, request: int, argument: str) -> int | str:
+        result: int | str = self.do("ioctls", fd=vm, request=request, arguments=[argument])[0]
+        return result
+
+    def make_vm(self) -> int:
+        return int(self.do("create_vm", kvm=self.do("open_kvm")))
+
+    def give(self, sock: socket.socket) -> int:
+        return int(self.do("received", fds=[sock.fileno()])[0])
+
+    def errors(self) -> list[str]:
+        return [line["error"] for line in trace_lines(self.trace_path) if "error" in line]
+
+
+@pytest.fixture
+def make_laboratory(tmp_path: Path) -> Iterator[Callable[[int], Laboratory]]:
+    made: list[Laboratory] = []
+
+    def make(flags: int) -> Laboratory:
+        made.append(Laboratory(tmp_path / "trace.jsonl", flags))
+        return made[-1]
+
+    yield make
+    for laboratory in made:
+        laboratory.close()
+
+
+@pytest.fixture
+def laboratory(make_laboratory: Callable[[int], Laboratory]) -> Laboratory:
+    return make_laboratory(SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV)
+
+
+def interrupt_first_decision(
+    monkeypatch: pytest.MonkeyPatch, laboratory: Laboratory, *, must_die: bool
+) -> list[Answer | None]:
+    """Send the victim a signal after the first decision, before it is answered."""
+    decide, notifications = Supervisor._decide, []
+    receive = linux.seccomp_notif_recv
+    answers: list[Answer | None] = []
+
+    def receiving(*args: Any) -> Any:
+        notifications.append(receive(*args))
+        return notifications[-1]
+
+    def deciding(self: Supervisor, *args: Any, **kwargs: Any) -> Answer | None:
+        answers.append(decide(self, *args, **kwargs))
+        if len(answers) == 1:
+            notification = notifications[-1]
+            os.kill(laboratory.process.pid, signal.SIGUSR1)
+            is_valid = linux.seccomp_notif_id_valid
+            if must_die:
+                wait_until(
+                    lambda: not is_valid(laboratory.listener, notification.id),
+                    what="the call is interrupted",
+                )
+        return answers[-1]
+
+    monkeypatch.setattr(linux, "seccomp_notif_recv", receiving)
+    monkeypatch.setattr(Supervisor, "_decide", deciding)
+    return answers
+
+
+def test_hook_when_its_caller_is_interrupted_and_restarts_it_then_it_is_done_once(
+    make_laboratory: Callable[[int], Laboratory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laboratory = make_laboratory(0)
+    laboratory.do("handle_signal", restart=True)
+    vm = laboratory.make_vm()
+    tool, kernel_end = tool_pair()
+    with tool, kernel_end:
+        fd = laboratory.give(kernel_end)
+        answers = interrupt_first_decision(monkeypatch, laboratory, must_die=True)
+
+        assert laboratory.ioctl(vm, HOOK, hook_argument(fd)) == 0
+        assert answers == [Answer(), Answer()]
+        tool.sendall(GET_VERSION)
+        laboratory.supervisor._serve_once()
+        assert len(received(tool, 32)) == 32
+
+
+def test_hook_when_its_caller_gets_eintr_then_the_vm_is_not_hooked_and_the_socket_lives(
+    make_laboratory: Callable[[int], Laboratory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laboratory = make_laboratory(0)
+    laboratory.do("handle_signal", restart=False)
+    vm = laboratory.make_vm()
+    tool, kernel_end = tool_pair()
+    with tool, kernel_end:
+        fd = laboratory.give(kernel_end)
+        interrupt_first_decision(monkeypatch, laboratory, must_die=True)
+
+        assert laboratory.ioctl(vm, HOOK, hook_argument(fd)) == "EINTR"
+        assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == "EFAULT"
+        assert laboratory.ioctl(vm, HOOK, hook_argument(fd)) == 0
+
+
+def test_hook_when_a_signal_comes_under_wait_killable_then_it_is_completed(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laboratory.do("handle_signal", restart=False)
+    vm = laboratory.make_vm()
+    tool, kernel_end = tool_pair()
+    with tool, kernel_end:
+        fd = laboratory.give(kernel_end)
+        answers = interrupt_first_decision(monkeypatch, laboratory, must_die=False)
+
+        assert laboratory.ioctl(vm, HOOK, hook_argument(fd)) == 0
+        assert answers == [Answer()]
+        assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == 0
+
+
+def test_call_when_the_handler_fails_then_eio_and_a_line_and_the_next_call_works(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = laboratory.make_vm()
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("made to fail")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "find", failing)
+        assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == "EIO"
+    assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == "EFAULT"
+    (error,) = laboratory.errors()
+    assert "0x4008aeca" in error
+    assert "made to fail" in error
+
+
+def test_create_vm_when_the_handler_fails_then_the_kernel_makes_the_vm_all_the_same(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("made to fail")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "creating", failing)
+        vm = laboratory.make_vm()
+
+    assert vm >= 0
+    assert len(laboratory.errors()) == 1
+    # Nobody is known to have made it: no call on it can be trusted.
+    assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == "EIO"
+
+
+def test_caller_when_killed_after_its_memory_was_read_then_nothing_is_decided_or_answered(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = laboratory.make_vm()
+
+    def reading(*args: Any) -> bytes | None:
+        argument = read_argument(*args)
+        laboratory.process.kill()
+        laboratory.process.wait()
+        return argument
+
+    decided: list[Any] = []
+    monkeypatch.setattr(supervisor_module, "read_argument", reading)
+    monkeypatch.setattr(Supervisor, "_decide", lambda *args, **_: decided.append(args))
+    laboratory._ask("ioctls", fd=vm, request=COMMAND, arguments=[feature(1, 8)])
+    laboratory.supervisor.run()
+
+    assert decided == []
+    assert laboratory.errors() == []
