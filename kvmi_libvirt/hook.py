@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libvirt's hook operations: what each one does and what its failure may do.
+
+Run by ``hooks/qemu.d/50-kvmi-libvirt`` as ``python -I -m kvmi_libvirt.hook NAME
+OPERATION SUBOPERATION EXTRA`` with the domain XML on stdin, and only for domains
+that may concern us. Never talks to libvirt, which waits for it with the domain
+locked. Never writes to stdout: libvirt may take that for a new domain XML.
+
+Ends with 0, or with VETO and one line on stderr; the script turns that into the
+exit code libvirt sees. Anything else tells the script that we are broken.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+from xml.parsers import expat
+
+from kvmi_libvirt import hooklog
+from kvmi_libvirt.errors import (
+    KvmiLibvirtError,
+    PolicyError,
+    PolicySchemaError,
+    PolicySyntaxError,
+)
+from kvmi_libvirt.introspect import hook_vm, is_same_process, record_failure, verified
+from kvmi_libvirt.policy.element import parse_domain
+from kvmi_libvirt.policy.host import load_host_policy
+from kvmi_libvirt.policy.model import NAMESPACE, NAMESPACE_STEM, Mode
+from kvmi_libvirt.policy.resolve import decide
+from kvmi_libvirt.policy.secret import read_secret
+from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR, open_domain
+from kvmi_libvirt.state import StateDir
+
+if TYPE_CHECKING:
+    from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.model import Policy
+
+logger = logging.getLogger(__name__)
+
+VETO: Final = 10
+"""Exit code for "refuse this operation": not 1, which a broken interpreter ends with."""
+
+_LOCK_S: Final = 10.0
+_MAX_XML_LEN: Final = 64 << 20
+
+
+class Operation(enum.Enum):
+    """The operations of libvirt's qemu hook that mean something to us."""
+
+    PREPARE = "prepare"
+    STARTED = "started"
+    STOPPED = "stopped"
+    RELEASE = "release"
+    MIGRATE = "migrate"
+    RESTORE = "restore"
+    RECONNECT = "reconnect"
+
+
+class Hook:
+    """One call of the hook.
+
+    Parameters
+        state    the state directory
+        run_dir  where libvirt keeps pidfiles
+    """
+
+    def __init__(
+        self, *, state: StateDir | None = None, run_dir: Path = LIBVIRT_QEMU_RUN_DIR
+    ) -> None:
+        """Nothing is touched yet."""
+        self._state = state or StateDir()
+        self._run_dir = run_dir
+
+    def run(self, name: str, operation: str, xml: bytes) -> str | None:
+        """Do what *operation* asks; return the reason of a veto, or None.
+
+        A veto is only returned where libvirt can still refuse without harm, and
+        only when the domain demands introspection. ``reconnect``, ``stopped`` and
+        ``release`` never return one, whatever happens: a failing reconnect would
+        make libvirt kill the running VM.
+        """
+        try:
+            known = Operation(operation)
+        except ValueError:
+            return None
+        try:
+            if known in (Operation.PREPARE, Operation.MIGRATE, Operation.RESTORE):
+                self._check(name, xml)
+            elif known is Operation.STARTED:
+                self._start(name, xml)
+            elif known is Operation.RECONNECT:
+                self._verify(name, xml)
+            else:
+                self._forget(name, xml)
+        except (KvmiLibvirtError, OSError) as error:
+            return self._judge(name, known, xml, error)
+        return None
+
+    def _judge(self, name: str, operation: Operation, xml: bytes, error: Exception) -> str | None:
+        line = " ".join(str(error).split())
+        vetoes = operation not in (Operation.RECONNECT, Operation.STOPPED, Operation.RELEASE)
+        if vetoes and _demands(xml):
+            logger.error("domain %s: %s refused: %s", name, operation.value, line)
+            return f"kvmi-libvirt: domain '{name}' requires introspection: {line}"
+        logger.warning("domain %s: %s: %s", name, operation.value, line)
+        return None
+
+    def _policy(self, name: str, xml: bytes) -> tuple[Domain, Policy | None]:
+        domain, policy = decide(xml, load_host_policy(), source=f"XML of domain '{name}'")
+        if policy is None and scan(xml).modes:
+            raise PolicySchemaError(
+                f"the introspection element is not of {NAMESPACE}, "
+                "the only version this release knows"
+            )
+        return domain, policy
+
+    def _check(self, name: str, xml: bytes) -> None:
+        policy = self._policy(name, xml)[1]
+        if policy is not None and policy.secret is not None:
+            read_secret(policy.secret)  # while the VM does not exist yet
+
+    def _start(self, name: str, xml: bytes) -> None:
+        try:
+            domain, policy = self._policy(name, xml)
+        except KvmiLibvirtError as error:
+            self._record(name, xml, error)
+            raise
+        if policy is None:
+            return
+        with open_domain(domain.name, domain.uuid, run_dir=self._run_dir) as process:
+            hook_vm(process, domain, policy, state=self._state)
+
+    def _record(self, name: str, xml: bytes, error: KvmiLibvirtError) -> None:
+        # For status; the failure itself is the caller's to judge.
+        if is_required(xml):
+            return
+        try:
+            uuid = scan(xml).uuid
+            with open_domain(name, uuid, run_dir=self._run_dir) as process:
+                record_failure(process, name, uuid, Mode.OPTIONAL, error, state=self._state)
+        except (KvmiLibvirtError, OSError) as problem:
+            logger.warning("domain %s: not recorded: %s", name, problem)
+
+    def _verify(self, name: str, xml: bytes) -> None:
+        facts = scan(xml)
+        recorded = self._state.load(facts.uuid)
+        if recorded is None:
+            if facts.modes:
+                logger.warning(
+                    "domain %s runs without the introspection its XML asks for; "
+                    "'kvmi-libvirt hook %s' hooks it",
+                    *(name, name),
+                )
+            return
+        with open_domain(name, facts.uuid, run_dir=self._run_dir) as process:
+            if not is_same_process(recorded, process):
+                self._forget(name, xml)
+                return
+        # Nothing is written: status looks for itself, and the record of the hook is
+        # what tells the next one that it must be taken off first.
+        seen = verified(recorded)
+        if seen != recorded:
+            logger.error("domain %s: %s", name, seen.error)
+        else:
+            logger.info("domain %s: still %s", name, recorded.state)
+
+    def _forget(self, name: str, xml: bytes) -> None:
+        uuid = scan(xml).uuid
+        if not uuid:
+            return
+        # Not under the feet of a session at work; it soon finds that QEMU is gone.
+        with self._state.locked(uuid, deadline=time.monotonic() + _LOCK_S):
+            self._state.remove(uuid)
+
+
+class Facts(NamedTuple):
+    """What can be said of a domain even when its element is invalid."""
+
+    uuid: str
+    modes: tuple[str | None, ...]
+    """The mode attribute of each element of ours, in any version of the namespace.
+
+    None where it is left out.
+    """
+
+
+def scan(xml: bytes) -> Facts:
+    """Return what matters of the domain XML, without judging it.
+
+    Raises
+        PolicySyntaxError  the bytes are no well-formed XML
+    """
+    modes: list[str | None] = []
+    path: list[str] = []
+    uuid: list[str] = []
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        path.append(tag)
+        namespace, _, local = tag.rpartition(" ")
+        if (
+            path[:-1] == ["domain", "metadata"]
+            and local == "introspection"
+            and namespace.startswith(NAMESPACE_STEM)
+        ):
+            modes.append(attributes.get("mode"))
+
+    def end(_tag: str) -> None:
+        path.pop()
+
+    def text(data: str) -> None:
+        if path == ["domain", "uuid"]:
+            uuid.append(data)
+
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = text
+    try:
+        parser.Parse(xml, True)
+    except (expat.ExpatError, ValueError) as error:
+        raise PolicySyntaxError(f"the domain XML is not well-formed: {error}") from error
+    return Facts("".join(uuid).strip(), tuple(modes))
+
+
+def _demands(xml: bytes) -> bool:
+    # Where the host assigns a policy, its mode counts and not the element's. A host
+    # policy that cannot be read demands nothing of a domain without an element.
+    try:
+        host = load_host_policy()
+        if host.assignments:
+            domain = parse_domain(xml, source="", with_policy=False)
+            assigned = host.assignment(domain)
+            if assigned is not None:
+                return assigned.policy.mode is Mode.REQUIRED
+    except (KvmiLibvirtError, OSError):
+        pass  # told already: it is what is being judged
+    return is_required(xml)
+
+
+def is_required(xml: bytes) -> bool:
+    """Say whether the domain demands introspection, even if its element is invalid.
+
+    A mode that is neither absent nor "optional" counts as a demand: whoever wrote
+    one did not mean the default.
+    """
+    try:
+        modes = scan(xml).modes
+    except PolicySyntaxError:
+        return b'mode="required"' in xml
+    return any(mode not in (None, Mode.OPTIONAL.value) for mode in modes[:1])
+
+
+def read_xml(fd: int = 0) -> bytes:
+    """Return what libvirt writes to the hook's stdin, up to 64 MiB."""
+    chunks = []
+    size = 0
+    while chunk := os.read(fd, 1 << 16):
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > _MAX_XML_LEN:
+            raise PolicyError(f"the domain XML is longer than {_MAX_XML_LEN >> 20} MiB")
+    return b"".join(chunks)
+
+
+def main(argv: list[str]) -> int:
+    """Run one hook call; *argv* is the script's: name, operation, suboperation, extra."""
+    # Whatever writes to stdout, now or in a later version: it must not reach libvirt.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+    hooklog.start()
+    if len(argv) < 2:
+        return 0
+    name, operation = argv[0], argv[1]
+    try:
+        veto = Hook().run(name, operation, read_xml())
+    except Exception as error:
+        # The process edge: libvirt must get an answer, the log the traceback. Not
+        # VETO, so that the script decides by its own, simpler means.
+        logger.exception("domain %s: %s failed unexpectedly", name, operation)
+        print(f"kvmi-libvirt: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    if veto is None:
+        return 0
+    print(veto, file=sys.stderr)
+    return VETO
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
