@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmi-libvirt explain``: which policy applies, and which rule decided what."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvmi_libvirt import libvirtio
+from kvmi_libvirt.abi.revisions import REVISIONS, by_name
+from kvmi_libvirt.cli.kernel import NO_KVMI, running_abi
+from kvmi_libvirt.cli.output import print_json, print_table
+from kvmi_libvirt.errors import ExitCode, StateError
+from kvmi_libvirt.policy.document import parse, read_file
+from kvmi_libvirt.policy.element import domain_of, parse_document
+from kvmi_libvirt.policy.explain import ALLOWED, Decision, explain
+from kvmi_libvirt.policy.host import load_host_policy
+from kvmi_libvirt.policy.model import Reason
+from kvmi_libvirt.policy.resolve import decide, permit
+from kvmi_libvirt.quoting import printable
+from kvmi_libvirt.state import HOOKED, StateDir
+
+if TYPE_CHECKING:
+    import argparse
+
+    from kvmi_libvirt.abi.kvmi import KvmiAbi
+    from kvmi_libvirt.policy.host import HostPolicy
+    from kvmi_libvirt.policy.model import Policy
+
+
+class Subject(NamedTuple):
+    """What is explained: a name for it, its policy, and whether the host assigned that."""
+
+    name: str
+    policy: Policy | None
+    is_assigned: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "subject",
+        metavar="FILE|DOMAIN",
+        help="domain XML or an element by itself, - for standard input; or a libvirt domain. "
+        "What is a file, or has a / in it, is taken for one",
+    )
+    parser.add_argument(
+        "-c", "--connect", metavar="URI", default=libvirtio.DEFAULT_URI, help="libvirt to ask"
+    )
+    parser.add_argument(
+        "--abi",
+        choices=[abi.name for abi in REVISIONS],
+        help="the kernel's KVMI revision (default: that of the domain's hook, or this kernel's)",
+    )
+    parser.add_argument("--allowed", action="store_true", help="leave out what is denied")
+    parser.add_argument("--json", action="store_true", help="print the explanation as JSON")
+
+
+def run(args: argparse.Namespace) -> ExitCode:
+    """Explain what would be in force at the next start, or hook."""
+    host = load_host_policy()
+    recorded_abi = None
+    if args.subject == "-" or "/" in args.subject or os.path.exists(args.subject):
+        subject = _of_document(read_file(args.subject), host, source=printable(args.subject))
+    else:
+        found = libvirtio.domain_xml(args.subject, uri=args.connect)
+        subject = _of_document(found.xml, host, source=f"XML of domain '{found.name}'")
+        if found.is_active and libvirtio.is_local(args.connect):
+            recorded_abi = _recorded_abi(found.uuid)
+    abi, kernel = _kernel(args.abi, recorded_abi)
+    if subject.policy is None:
+        print(f"{subject.name}: {_nothing(host)}", file=sys.stderr)
+        if args.json:
+            print_json({"domain": subject.name, "policy": None, "commands": [], "events": []})
+        return ExitCode.OK
+    commands, events = explain(subject.policy, abi)
+    if kernel == NO_KVMI:
+        commands, events = (
+            [dataclasses.replace(decision, in_kernel=False) for decision in kind]
+            for kind in (commands, events)
+        )
+    if args.allowed:
+        commands, events = (
+            [decision for decision in kind if decision.verdict == ALLOWED]
+            for kind in (commands, events)
+        )
+    if args.json:
+        print_json(_as_json(subject, subject.policy, abi, commands, events))
+        return ExitCode.OK
+    for line in _summary(subject, subject.policy, kernel):
+        print(line)
+    _print_decisions("COMMAND", commands, subject.policy.commands.everything)
+    _print_decisions("EVENT", events, subject.policy.events.everything)
+    return ExitCode.OK
+
+
+def _of_document(xml: bytes, host: HostPolicy, *, source: str) -> Subject:
+    if domain_of(parse(xml, source=source)) is None:
+        policy = parse_document(xml, source=source)
+        return Subject(source, policy and permit(policy, host, source=source), is_assigned=False)
+    domain, policy = decide(xml, host, source=source)
+    return Subject(printable(domain.name) or source, policy, host.assignment(domain) is not None)
+
+
+def _recorded_abi(uuid: str) -> str | None:
+    try:
+        recorded = StateDir().load(uuid)
+    except StateError:
+        return None
+    return recorded.abi if recorded is not None and recorded.state == HOOKED else None
+
+
+def _kernel(wanted: str | None, recorded: str | None) -> tuple[KvmiAbi | None, str]:
+    if wanted is not None:
+        return by_name(wanted), f"{by_name(wanted).title}, as asked for"
+    if recorded is not None:
+        return by_name(recorded), f"{by_name(recorded).title}, as found when it was hooked"
+    return running_abi()
+
+
+def _nothing(host: HostPolicy) -> str:
+    if not host.assignments:
+        return "no introspection: it has no element, and the host assigns none"
+    count = len(host.assignments)
+    many = f"none of the {count} assignments" if count > 1 else "the assignment"
+    not_fits = "fits" if count > 1 else "does not fit"
+    return f"no introspection: it has no element, and {many} in {host.path} {not_fits}"
+
+
+def _summary(subject: Subject, policy: Policy, kernel: str) -> list[str]:
+    place = Reason(rule="", source=policy.origin, line=policy.line).place()
+    by = "assigned by the host" if subject.is_assigned else "by its own element"
+    rows = [
+        ("domain", subject.name),
+        ("policy", f"{by}, {place}" if place else by),
+        ("profile", policy.profile or "-"),
+        ("mode", policy.mode.value),
+        ("source", policy.source.describe()),
+        ("secret", policy.secret or "-"),
+        ("handshake", f"{policy.handshake_timeout_s:g} s"),
+        ("unhook", f"{policy.unhook_timeout_s:g} s"),
+        ("reconnect", "no" if policy.reconnect_s is None else f"every {policy.reconnect_s:g} s"),
+        ("kernel", kernel),
+    ]
+    return [f"{name + ':':10} {value}" for name, value in rows]
+
+
+_KERNEL = {True: "yes", False: "no", None: "?"}
+
+
+def _print_decisions(title: str, decisions: list[Decision], everything: bool) -> None:
+    print()
+    rows = [
+        (
+            decision.name,
+            f"{decision.verdict} (optional)" if decision.optional else decision.verdict,
+            _KERNEL[decision.in_kernel],
+            f"{decision.reason.place()} {decision.reason.rule}".strip(),
+        )
+        for decision in decisions
+    ]
+    if everything:
+        rows.append(("(all others)", ALLOWED, "?", "nothing at all is denied"))
+    print_table((title, "VERDICT", "KERNEL", "DECIDED BY"), rows)
+
+
+def _as_json(
+    subject: Subject,
+    policy: Policy,
+    abi: KvmiAbi | None,
+    commands: list[Decision],
+    events: list[Decision],
+) -> dict[str, object]:
+    return {
+        "domain": subject.name,
+        "policy": {
+            "from": "assignment" if subject.is_assigned else "element",
+            "file": policy.origin,
+            "line": policy.line,
+            "profile": policy.profile,
+            "mode": policy.mode.value,
+            "source": policy.source.describe(),
+            "secret": policy.secret,
+            "handshake_timeout": policy.handshake_timeout_s,
+            "unhook_timeout": policy.unhook_timeout_s,
+            "reconnect": policy.reconnect_s,
+        },
+        "abi": None if abi is None else abi.name,
+        "commands": [_decision_as_json(decision) for decision in commands],
+        "events": [_decision_as_json(decision) for decision in events],
+    }
+
+
+def _decision_as_json(decision: Decision) -> dict[str, object]:
+    return {
+        "name": decision.name,
+        "verdict": decision.verdict,
+        "optional": decision.optional,
+        "rule": decision.reason.rule,
+        "file": decision.reason.source,
+        "line": decision.reason.line,
+        "in_kernel": decision.in_kernel,
+    }

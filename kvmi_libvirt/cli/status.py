@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmi-libvirt status``: what is hooked, with which rights, and what failed."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from kvmi_libvirt.cli.output import print_json, print_table
+from kvmi_libvirt.cli.target import state_dir
+from kvmi_libvirt.errors import ExitCode, StateError, TargetError, TargetNotFound
+from kvmi_libvirt.introspect import is_same_process, verified
+from kvmi_libvirt.newtypes import Pid
+from kvmi_libvirt.qemu.process import Process
+
+if TYPE_CHECKING:
+    import argparse
+
+    from kvmi_libvirt.state import VmState
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("domain", nargs="?", metavar="DOMAIN", help="name or uuid; all if left out")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> ExitCode:
+    """Print what is recorded, checked against what can be seen now."""
+    problems: list[StateError] = []
+    states = [verified(state) for state in state_dir().all(problems.append) if _runs(state)]
+    for problem in problems:
+        print(f"kvmi-libvirt: {problem}", file=sys.stderr)
+    _show(args, states)
+    return ExitCode.FAILED if problems else ExitCode.OK
+
+
+def _show(args: argparse.Namespace, states: list[VmState]) -> None:
+    if args.domain is not None:
+        states = [state for state in states if args.domain in (state.domain, state.uuid)]
+        if not states:
+            raise TargetNotFound(
+                f"nothing is known of a running domain '{args.domain}': "
+                "it does not run, or never had introspection"
+            )
+    if args.json:
+        print_json([public_fields(state) for state in states])
+        return
+    if args.domain is not None:
+        for state in states:
+            _print_one(state)
+        return
+    print_table(
+        ("DOMAIN", "STATE", "MODE", "ABI", "RIGHTS", "TOOL", "SINCE"),
+        [
+            (
+                state.domain,
+                state.state,
+                state.mode,
+                state.abi or "-",
+                f"{len(state.commands)} commands, {len(state.events)} events",
+                state.source or "-",
+                state.since,
+            )
+            for state in states
+        ],
+    )
+    for state in states:
+        if state.error:
+            print(f"{state.domain}: {state.error}")
+
+
+def _runs(state: VmState) -> bool:
+    # A VM may have ended while libvirtd was down, so that no hook cleaned up.
+    try:
+        with Process(Pid(state.pid)) as process:
+            return is_same_process(state, process)
+    except TargetError:
+        return False
+
+
+def public_fields(state: VmState) -> dict[str, object]:
+    """Return the fields ``status --json`` promises, in their order."""
+    return {
+        "domain": state.domain,
+        "uuid": state.uuid,
+        "pid": state.pid,
+        "abi": state.abi,
+        "mode": state.mode,
+        "state": state.state,
+        "source": state.source,
+        "commands": list(state.commands),
+        "events": list(state.events),
+        "since": state.since,
+        "error": state.error,
+    }
+
+
+def summary(state: VmState) -> str:
+    """Return one line that says what is in force."""
+    if state.state != "hooked":
+        return f"{state.domain}: {state.state}"
+    return (
+        f"{state.domain}: hooked by {state.source} ({state.abi}), "
+        f"{len(state.commands)} commands and {len(state.events)} events allowed"
+    )
+
+
+def _print_one(state: VmState) -> None:
+    for name, value in public_fields(state).items():
+        if isinstance(value, list):
+            print(f"{name + ':':10} {value[0] if value else '-'}")
+            for entry in value[1:]:
+                print(f"{'':10} {entry}")
+        else:
+            print(f"{name + ':':10} {'-' if value is None else value}")

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hook with a secret, then change the rights in force: what the tool is told each time.
+
+On a stand-in VM process below the emulated kernel: everything but the guest is real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmi_libvirt import introspect
+from kvmi_libvirt.cli.rights import changed, read_names
+from kvmi_libvirt.errors import HandshakeRefused, SessionError, UnsupportedByKernel
+from kvmi_libvirt.introspect import change_vm, hook_vm
+from kvmi_libvirt.newtypes import Pid
+from kvmi_libvirt.policy.element import Domain
+from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
+from kvmi_libvirt.policy.secret import read_secret
+from kvmi_libvirt.qemu.process import Process
+from kvmi_libvirt.state import FAILED, StateDir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.ptrace, pytest.mark.seccomp]
+
+UUID = "5a4a2b4e-7c1d-4e0f-9a52-0d6f6f1b0a77"
+MAIN = "import sys; from kvmi_libvirt.cli import main; sys.exit(main())"
+READ, WRITE, PAUSE = "KVMI_VM_READ_PHYSICAL", "KVMI_VM_WRITE_PHYSICAL", "KVMI_VM_PAUSE_VCPU"
+TRAP, UNHOOK = "KVMI_VCPU_EVENT_TRAP", "KVMI_VM_EVENT_UNHOOK"
+PATIENCE_S = 30.0
+
+
+class Tool:
+    """``kvmi-libvirt probe --watch`` with the secret, and what it was told."""
+
+    def __init__(self, directory: Path, secret: bytes) -> None:
+        self.path = directory / "tool.sock"
+        (directory / "known").write_bytes(secret)
+        listen = ["--listen", f"unix:{self.path}", "--secret", str(directory / "known")]
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", MAIN, "probe", *listen, "--watch", "--json", "--settle", "0.1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self._popen.stderr is not None
+        assert b"listening" in self._popen.stderr.readline()
+
+    def told(self, *allowed: str) -> None:
+        """Wait until the tool is told that exactly *allowed* is allowed."""
+        assert self._popen.stdout is not None
+        always = {"KVMI_GET_VERSION", "KVMI_VM_CHECK_COMMAND", "KVMI_VM_CHECK_EVENT"}
+        deadline = time.monotonic() + PATIENCE_S
+        found: set[str] = set()
+        while time.monotonic() < deadline:
+            if not select.select([self._popen.stdout], [], [], deadline - time.monotonic())[0]:
+                break
+            result = json.loads(self._popen.stdout.readline())
+            verdicts = {**result["commands"], **result["events"]}
+            found = {name for name, verdict in verdicts.items() if verdict == "allowed"} - always
+            if found == set(allowed):
+                return
+        pytest.fail(f"the tool was last told {sorted(found)}")
+
+    def end(self) -> None:
+        self._popen.terminate()
+        self._popen.communicate()
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Process]:
+    command = [sys.executable, "-c", MAIN, "emulate", "--stand-in", "--"]
+    victim = [sys.executable, "-m", "kvmi_libvirt.emulator.standin", "--uuid", UUID]
+    with subprocess.Popen(
+        [*command, *victim], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as popen:
+        assert popen.stdin is not None
+        assert popen.stdout is not None
+        try:
+            pid = int(popen.stdout.readline().split()[1])
+            with Process(Pid(pid)) as found:
+                yield found
+        finally:
+            popen.stdin.close()
+            popen.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "secrets"
+    directory.mkdir(mode=0o700)
+    (directory / "db1").touch(mode=0o600)
+    (directory / "db1").write_bytes(b"open sesame")
+
+    def read(name: str) -> bytes:
+        return read_secret(name, directory=directory, owner=os.geteuid())
+
+    monkeypatch.setattr(introspect, "read_secret", read)
+    return directory
+
+
+@contextlib.contextmanager
+def running_tool(directory: Path, secret: bytes) -> Iterator[Tool]:
+    tool = Tool(directory, secret)
+    try:
+        yield tool
+    finally:
+        tool.end()
+
+
+def policy(tool: Tool, commands: set[str], events: set[str] | None = None) -> Policy:
+    return Policy(
+        mode=Mode.REQUIRED,
+        source=UnixSource(path=str(tool.path)),
+        handshake_timeout_s=10.0,
+        secret="db1",
+        commands=Rights(allowed=frozenset(commands)),
+        events=Rights(allowed=frozenset(events or ())),
+    )
+
+
+def domain_with(some: Policy) -> Domain:
+    return Domain(name="t", uuid=UUID, vcpus=1, memory_bytes=1 << 28, machine="q35", policy=some)
+
+
+@pytest.mark.usefixtures("secrets")
+def test_rights_of_a_hooked_vm_follow_its_policy_and_single_changes(
+    tmp_path: Path, process: Process
+) -> None:
+    state = StateDir(tmp_path / "state")
+    with running_tool(tmp_path, b"open sesame") as tool:
+        first = policy(tool, {READ, WRITE}, {UNHOOK})
+        hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
+        tool.told(READ, WRITE, UNHOOK)
+
+        now = change_vm(process, UUID, policy(tool, {READ, PAUSE}, {TRAP}), state=state)
+        assert (now.commands, now.events) == ((PAUSE, READ), (TRAP,))
+        assert state.load(UUID) == now
+        tool.told(READ, PAUSE, TRAP)
+
+        named = read_names([PAUSE, TRAP])
+        now = change_vm(process, UUID, lambda s: changed(s, named, allow=False), state=state)
+        assert (now.commands, now.events) == ((READ,), ())
+        tool.told(READ)
+
+        everything = dataclasses.replace(
+            first, commands=Rights(allowed=frozenset({READ, WRITE}), everything=True)
+        )
+        now = change_vm(process, UUID, everything, state=state)
+        assert now.all_ids == ("commands",)
+        now = change_vm(process, UUID, policy(tool, set()), state=state)
+        assert (now.commands, now.events, now.all_ids) == ((), (), ())
+        tool.told()
+
+
+@pytest.mark.usefixtures("secrets")
+def test_change_that_cannot_be_changes_nothing(tmp_path: Path, process: Process) -> None:
+    state = StateDir(tmp_path / "state")
+    with running_tool(tmp_path, b"open sesame") as tool:
+        first = policy(tool, {READ})
+        with pytest.raises(SessionError, match="is not hooked"):
+            change_vm(process, UUID, first, state=state)
+        before = hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
+        with pytest.raises(UnsupportedByKernel):
+            change_vm(process, UUID, policy(tool, {"KVMI_VM_GET_MAX_GFN"}), state=state)
+        other = dataclasses.replace(first, source=UnixSource(path="/run/kvmi/other"))
+        with pytest.raises(SessionError, match="names the tool at unix:/run/kvmi/other"):
+            change_vm(process, UUID, other, state=state)
+        assert state.load(UUID) == before
+        tool.told(READ)
+
+
+def test_tool_without_the_secret_gets_nothing_and_no_trace_of_it_is_left(
+    tmp_path: Path, process: Process, secrets: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = StateDir(tmp_path / "state")
+    with running_tool(tmp_path, b"open says me") as tool:
+        first = policy(tool, {READ})
+        with pytest.raises(HandshakeRefused, match=r"process \d+ of uid \d+\) does not know"):
+            hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
+    recorded = state.load(UUID)
+    assert recorded is not None
+    assert recorded.state == FAILED
+    texts = [caplog.text, *(file.read_text() for file in state.path.iterdir())]
+    assert not any("sesame" in text for text in texts)
+    assert (secrets / "db1").exists()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvmi-libvirt explain``: the verdict of every right, and the rule that decided it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS
+from kvmi_libvirt.cli import explain, main
+from kvmi_libvirt.cli.kernel import NO_KVMI
+from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
+from kvmi_libvirt.policy.model import NAMESPACE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ELEMENT = f"""<introspection xmlns="{NAMESPACE}">
+  <source type="unix" path="/run/kvmi/x"/>
+  <secret name="db1"/>
+  <commands>
+    <allow name="VM_READ_PHYSICAL"/>
+    <deny group="memory-write"/>
+  </commands>
+</introspection>"""
+
+
+@pytest.fixture(autouse=True)
+def _host_without_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "load_host_policy", HostPolicy)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "web1.xml"
+    path.write_text(ELEMENT, encoding="utf-8")
+    return str(path)
+
+
+def test_json_has_every_name_with_verdict_rule_file_line_and_kernel(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", file, "--abi", "v12", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    commands = {entry["name"]: entry for entry in found["commands"]}
+    assert set(commands) == ALL_COMMANDS
+    assert {entry["name"] for entry in found["events"]} == ALL_EVENTS
+    assert commands["KVMI_VM_READ_PHYSICAL"] == {
+        "name": "KVMI_VM_READ_PHYSICAL",
+        "verdict": "allowed",
+        "optional": False,
+        "rule": '<allow name="VM_READ_PHYSICAL">',
+        "file": file,
+        "line": 5,
+        "in_kernel": True,
+    }
+    assert commands["KVMI_VM_WRITE_PHYSICAL"]["rule"] == '<deny group="memory-write">'
+    assert commands["KVMI_GET_VERSION"]["verdict"] == "always"
+    assert commands["KVMI_VM_GET_MAX_GFN"]["in_kernel"] is False
+    assert found["policy"]["secret"] == "db1"
+
+
+def test_what_is_denied_can_be_left_out(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", file, "--abi", "v7", "--allowed", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in found["commands"]] == ["KVMI_VM_READ_PHYSICAL"]
+
+
+def test_without_abi_the_running_kernel_is_asked(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for told, column in (("/dev/kvm cannot be opened", "  ?  "), (NO_KVMI, "  no  ")):
+        monkeypatch.setattr(explain, "running_abi", lambda told=told: (None, told))
+        assert main(["explain", file]) == 0
+        out = capsys.readouterr().out
+        assert f"kernel:    {told}\n" in out
+        assert all(column in line for line in out.splitlines() if line.startswith("KVMI_"))
+
+
+def test_assignment_is_named_with_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xml = f"""<host-policy xmlns="{NAMESPACE}">
+      <assign profile="observe"><match name="web*"/>
+      <source type="unix" path="/run/kvmi/x"/></assign></host-policy>"""
+    host = parse_host_policy(xml.encode(), source="/etc/hp.xml")
+    monkeypatch.setattr(explain, "load_host_policy", lambda: host)
+    path = tmp_path / "d.xml"
+    path.write_text("<domain><name>web1</name></domain>", encoding="ascii")
+    assert main(["explain", str(path), "--abi", "v12"]) == 0
+    out = capsys.readouterr().out
+    assert "policy:    assigned by the host, /etc/hp.xml:2\n" in out
+
+
+def test_domain_without_policy_is_said_to_have_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "d.xml"
+    path.write_text("<domain><name>web1</name></domain>", encoding="ascii")
+    assert main(["explain", str(path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["policy"] is None
+    assert err == "web1: no introspection: it has no element, and the host assigns none\n"
