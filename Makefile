@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything needs no more than a Debian 12 with make; root, or a user with sudo.
+
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=KVMI_TEST_REQUIRE,CI)
+PYTEST_FLAGS ?=
+BENCH ?=
+
+.PHONY: help demo test unit soak bench lint setup test-setup clean
+
+help:
+	@echo "make demo     show it: a VM hooked with exactly its rights, and a refused start"
+	@echo "make test     set up and run all tests (as root: they use libvirt and ptrace)"
+	@echo "make unit     only the tests that need no privileges"
+	@echo "make soak     the long runs: every trace point, 1,000 kills, 10,000 rounds"
+	@echo "make lint     ruff, mypy --strict, and the schema checks"
+	@echo "make bench    measure; the figures go to bench/results.json"
+	@echo "make setup    only the set-up: packages, .venv, access to /dev/kvm (the demo's;"
+	@echo "              make test-setup adds what the tests need)"
+	@echo "make clean    remove .venv and caches"
+
+setup:
+	@tools/setup-host
+
+test-setup:
+	@tools/setup-host test
+
+demo: setup
+	@$(SUDO) .venv/bin/python tools/demo.py
+
+test: test-setup
+	$(SUDO) .venv/bin/pytest -p no:cacheprovider $(PYTEST_FLAGS)
+
+unit: test-setup
+	.venv/bin/pytest -p no:cacheprovider tests/unit $(PYTEST_FLAGS)
+
+soak: test-setup
+	$(SUDO) env KVMI_SOAK=1 .venv/bin/pytest -p no:cacheprovider -o timeout=7200 \
+		tests/live/test_session_kvm.py $(PYTEST_FLAGS)
+
+bench: test-setup
+	$(SUDO) .venv/bin/python bench/run.py $(BENCH)
+
+lint: test-setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	xmllint --noout --relaxng xml-schemas/introspection.rng xml-schemas/examples/valid/*.xml
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real QEMU without libvirt on each emulated revision: its rights, and its memory.
+
+The tool is tests/live/protocol_client.py, which knows only docs/protocol.md; what it reads
+and writes is compared with what QEMU's own monitor shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support import wait_until
+
+from kvmi_libvirt.abi.revisions import by_name
+from kvmi_libvirt.introspect import hook_vm
+from kvmi_libvirt.newtypes import Pid
+from kvmi_libvirt.policy.element import parse_domain
+from kvmi_libvirt.qemu.process import Process
+from kvmi_libvirt.state import StateDir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.kvm, pytest.mark.seccomp, pytest.mark.ptrace]
+
+BIN = Path(sys.executable).parent
+CLIENT = Path(__file__).with_name("protocol_client.py")
+UUID = "0f3a8a3e-5c0c-4b5d-8f57-111122223333"
+NAMESPACE = "urn:kvmi-libvirt:introspection:1.0"
+REVISIONS = ["v12", "v11", "v7"]
+COMMANDS = ("KVMI_VM_GET_INFO", "KVMI_VM_READ_PHYSICAL", "KVMI_VM_WRITE_PHYSICAL")
+EVENTS = ("KVMI_VM_EVENT_UNHOOK", "KVMI_VCPU_EVENT_BREAKPOINT")
+RAM_LEN = 64 << 20
+GPA = 0x200000
+EPERM, ENOENT = 1, 2
+
+
+class Qmp:
+    """QEMU's monitor."""
+
+    def __init__(self, path: Path) -> None:
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock.settimeout(20)
+        self._sock.connect(str(path))
+        self._file = self._sock.makefile("r")
+        self._file.readline()
+        self.ask("qmp_capabilities")
+
+    def ask(self, execute: str, **arguments: Any) -> Any:
+        """Return the answer to one command."""
+        request = {"execute": execute, "arguments": arguments}
+        self._sock.sendall(json.dumps(request).encode() + b"\n")
+        while True:
+            answer = json.loads(self._file.readline())
+            if "event" not in answer:
+                return answer["return"]
+
+    def monitor(self, line: str) -> str:
+        """Return what the human monitor says."""
+        return str(self.ask("human-monitor-command", **{"command-line": line}))
+
+    def memory(self, gpa: int, length: int) -> bytes:
+        """Return guest physical memory as ``xp`` shows it."""
+        shown = self.monitor(f"xp /{length}xb {gpa:#x}")
+        return bytes(int(byte, 16) for byte in re.findall(r"0x([0-9a-f]{2})\b", shown))
+
+    def close(self) -> None:
+        """Let go of the monitor."""
+        self._file.close()
+        self._sock.close()
+
+
+class Client:
+    """The independent tool, as a process."""
+
+    def __init__(self, path: Path) -> None:
+        # An interpreter without the package: -I -S finds nothing but the standard library.
+        self.process = subprocess.Popen(
+            [sys.executable, "-IS", str(CLIENT), str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.answer() == {"listening": str(path)}
+
+    def answer(self) -> dict[str, Any]:
+        """Return its next line."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the client ended"
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """Let it do *op*."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+@dataclass
+class Emulated:
+    """A QEMU on an emulated kernel, with its monitor."""
+
+    abi: str
+    process: subprocess.Popen[bytes]
+    qmp: Qmp
+    directory: Path
+
+    def xml(self, tool: Path, commands: tuple[str, ...], events: tuple[str, ...]) -> bytes:
+        """Return domain XML that asks for these rights."""
+        rules = "".join(f"<k:allow name='{name}'/>" for name in commands)
+        event_rules = "".join(f"<k:allow name='{name}'/>" for name in events)
+        return (
+            f"<domain type='kvm'><name>bare</name><uuid>{UUID}</uuid>"
+            f"<memory unit='bytes'>{RAM_LEN}</memory><vcpu>2</vcpu><metadata>"
+            f"<k:introspection xmlns:k='{NAMESPACE}' mode='required'>"
+            f"<k:source type='unix' path='{tool}'/><k:handshake timeout='10'/>"
+            f"<k:commands>{rules}</k:commands><k:events>{event_rules}</k:events>"
+            "</k:introspection></metadata></domain>"
+        ).encode()
+
+    def hook(self, tool: Path, commands: tuple[str, ...], events: tuple[str, ...]) -> Any:
+        """Hook the VM as libvirt's hook would; return the recorded state."""
+        domain = parse_domain(self.xml(tool, commands, events), source="test")
+        assert domain.policy is not None
+        with Process(Pid(self.process.pid)) as process:
+            state = StateDir(self.directory / "state")
+            return hook_vm(process, domain, domain.policy, state=state)
+
+
+@contextlib.contextmanager
+def emulated_qemu(abi: str, directory: Path, *options: str) -> Iterator[Emulated]:
+    """Run a QEMU with its guest paused at the start."""
+    monitor = directory / "qmp"
+    trace = directory / "trace.jsonl"
+    command = [str(BIN / "kvmi-libvirt"), "emulate", "--abi", abi, "--trace", str(trace), *options]
+    command += ["--", "qemu-system-x86_64", "-S", "-name", "bare", "-uuid", UUID]
+    command += ["-machine", "q35,accel=kvm", "-smp", "2", "-m", str(RAM_LEN >> 20)]
+    command += ["-nodefaults", "-no-user-config", "-display", "none"]
+    command += ["-qmp", f"unix:{monitor},server=on,wait=off", "-sandbox", "on"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        wait_until(monitor.exists, what="QEMU's monitor")
+        qmp = Qmp(monitor)
+        try:
+            yield Emulated(abi, process, qmp, directory)
+        finally:
+            qmp.close()
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.parametrize("abi", REVISIONS)
+def test_memory_when_written_by_the_tool_then_the_monitor_shows_it_and_the_reverse(
+    abi: str, tmp_path: Path
+) -> None:
+    tool = tmp_path / "tool.sock"
+    pattern = os.urandom(64)
+    with emulated_qemu(abi, tmp_path) as vm:
+        client = Client(tool)
+        try:
+            vm.hook(tool, COMMANDS, EVENTS)
+            hello = client.answer()
+            assert hello["name"] == "bare"
+            assert hello["uuid"] == UUID.replace("-", "")
+            assert hello["hello_size"] == by_name(abi).handshake_size
+            assert hello["version"] == 1
+
+            assert client.ask("write", gpa=GPA, data=pattern.hex()) == {"error": 0, "data": ""}
+            assert vm.qmp.memory(GPA, len(pattern)) == pattern
+
+            # The other way: firmware that ran, seen by the monitor and by the tool.
+            vm.qmp.ask("cont")
+            wait_until(lambda: any(vm.qmp.memory(0x400, 64)), what="the firmware has run")
+            vm.qmp.ask("stop")
+            shown = vm.qmp.memory(0x400, 256)
+            assert any(shown)
+            assert client.ask("read", gpa=0x400, size=256) == {"error": 0, "data": shown.hex()}
+
+            assert client.ask("read", gpa=RAM_LEN, size=1) == {"error": ENOENT, "data": ""}
+            assert client.ask("info")["data"] == "02" + "00" * 15
+        finally:
+            client.process.communicate(json.dumps({"op": "quit"}))
+
+
+@pytest.mark.parametrize("abi", REVISIONS)
+def test_hook_when_made_on_a_revision_then_the_rights_are_exactly_as_asked(
+    abi: str, tmp_path: Path
+) -> None:
+    tool = tmp_path / "tool.sock"
+    commands = tuple(name for name in (*COMMANDS, "KVMI_VCPU_GET_REGISTERS"))
+    command = [str(BIN / "kvmi-libvirt"), "probe", "--listen", f"unix:{tool}", "--json", "--once"]
+    with (
+        emulated_qemu(abi, tmp_path) as vm,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as probe,
+    ):
+        try:
+            assert probe.stderr is not None
+            assert b"listening" in probe.stderr.readline()
+            recorded = vm.hook(tool, commands, EVENTS)
+            assert probe.stdout is not None
+            answer = json.loads(probe.stdout.read())
+        finally:
+            probe.terminate()
+
+    always = {command.name for command in by_name(abi).commands if command.always_allowed}
+    assert recorded.abi == abi
+    assert answer["abi"] == abi
+    assert {n for n, v in answer["commands"].items() if v == "allowed"} == {*commands, *always}
+    assert {n for n, v in answer["events"].items() if v == "allowed"} == set(EVENTS)
+    made = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    granted = [line["args"]["id"] for line in made if line["args"].get("allow") == 1]
+    table = by_name(abi)
+    assert sorted(granted) == sorted(
+        [
+            *(table.commands_by_name[name].id for name in commands),
+            *(table.events_by_name[name].id for name in EVENTS),
+        ]
+    )
+
+
+def test_max_gfn_when_asked_on_v11_then_the_guest_s(tmp_path: Path) -> None:
+    tool = tmp_path / "tool.sock"
+    with emulated_qemu("v11", tmp_path) as vm:
+        client = Client(tool)
+        try:
+            vm.hook(tool, ("KVMI_VM_GET_MAX_GFN",), ())
+            client.answer()
+            data = bytes.fromhex(client.ask("max-gfn")["data"])
+
+            # The firmware's flash ends at 4 GiB.
+            assert int.from_bytes(data, "little") == 1 << 20
+        finally:
+            client.process.communicate(json.dumps({"op": "quit"}))
+
+
+@pytest.mark.parametrize("abi", ["v12", "v7"])
+def test_denied_when_asked_by_the_independent_client_then_eperm(abi: str, tmp_path: Path) -> None:
+    tool = tmp_path / "tool.sock"
+    with emulated_qemu(abi, tmp_path) as vm:
+        client = Client(tool)
+        try:
+            vm.hook(tool, ("KVMI_VM_GET_INFO",), ())
+            client.answer()
+            read_id = by_name(abi).commands_by_name["KVMI_VM_READ_PHYSICAL"].id
+
+            assert client.ask("read", gpa=0, size=4) == {"error": EPERM, "data": ""}
+            assert client.ask("check", id=read_id) == {"error": EPERM, "data": ""}
+            assert client.ask("subscribe") == {"error": EPERM, "data": ""}
+        finally:
+            client.process.communicate(json.dumps({"op": "quit"}))
