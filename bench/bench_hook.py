@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The libvirt hook as a whole process, against a Python that does nothing."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import host
+import rig
+from figures import Figure
+
+from kvmi_libvirt import installer
+from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NOOP_ROUNDS: Final = 60
+FULL_ROUNDS: Final = 15
+_ENVIRONMENT: Final = {"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+_PYTHON: Final = ("/usr/bin/python3", "-IS", "-c", "pass")
+
+
+def measure() -> Iterator[Figure]:
+    """Measure the hook for a domain without introspection, and for one that is hooked."""
+    with tempfile.TemporaryDirectory(prefix="kvmi-bench-") as name:
+        script = Path(name) / installer.HOOK_NAME
+        script.write_bytes(installer.hook_text(sys.executable))
+        script.chmod(0o755)
+        plain = _domain("plain", str(uuid.uuid4()), "")
+        noop_s, python_s = [], []
+        for _ in range(NOOP_ROUNDS):
+            noop_s.append(_timed((str(script), "plain", "started", "begin", "-"), plain))
+            python_s.append(_timed(_PYTHON, b""))
+        full_s = _full(script)
+    python = statistics.median(python_s)
+    yield Figure(
+        key="hook_noop_vs_python",
+        value=statistics.median(noop_s) / python,
+        unit="x",
+        what="the hook for a VM without introspection, against python3 -IS -c pass",
+        limit=1.5,
+    )
+    yield Figure(
+        key="hook_full_vs_python",
+        value=statistics.median(full_s) / python,
+        unit="x",
+        what="the hook that hooks a VM, no agent, against the same",
+    )
+
+
+def _full(script: Path) -> list[float]:
+    found = []
+    socket_path = host.SOCKET_DIR / f"bench-{os.getpid()}.sock"
+    name = f"kvmi-bench-{os.getpid()}"
+    with host.directories(), rig.qemu(host.marker_rom()) as machine:
+        LIBVIRT_QEMU_RUN_DIR.mkdir(parents=True, exist_ok=True)
+        pidfile = LIBVIRT_QEMU_RUN_DIR / f"{name}.pid"
+        pidfile.write_text(f"{machine.process.pid}\n")
+        xml = _domain(name, machine.uuid, _element(socket_path))
+        probe = [str(rig.BIN / "kvmi-libvirt"), "probe", "--listen", f"unix:{socket_path}"]
+        with subprocess.Popen(
+            probe, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as tool:
+            try:
+                assert tool.stderr is not None
+                tool.stderr.readline()
+                for _ in range(FULL_ROUNDS):
+                    found.append(_timed((str(script), name, "started", "begin", "-"), xml))
+                    machine.unhook()
+                    host.forget_vm(machine.uuid)
+            finally:
+                tool.terminate()
+                pidfile.unlink()
+    return found
+
+
+def _element(socket_path: Path) -> str:
+    return (
+        '<k:introspection xmlns:k="urn:kvmi-libvirt:introspection:1.0" mode="required">'
+        f'<k:source type="unix" path="{socket_path}"/>'
+        '<k:commands><k:allow name="KVMI_VM_GET_INFO"/></k:commands></k:introspection>'
+    )
+
+
+def _domain(name: str, domain_uuid: str, element: str) -> bytes:
+    return (
+        f"<domain type='kvm'><name>{name}</name><uuid>{domain_uuid}</uuid>"
+        f"<metadata>{element}</metadata><memory unit='MiB'>32</memory><vcpu>1</vcpu>"
+        "<os><type arch='x86_64' machine='pc'>hvm</type></os></domain>"
+    ).encode()
+
+
+def _timed(command: tuple[str, ...], stdin: bytes) -> float:
+    started = time.monotonic()
+    result = subprocess.run(
+        command, input=stdin, capture_output=True, env=_ENVIRONMENT, cwd="/", check=False
+    )
+    elapsed = time.monotonic() - started
+    if result.returncode:
+        raise RuntimeError(f"{command[0]} ended with {result.returncode}: {result.stderr!r}")
+    return elapsed

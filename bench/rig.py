@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU on the emulated kernel, and what benchmarks do with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kvmi_libvirt import session, worker
+from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED
+from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt.newtypes import Pid
+from kvmi_libvirt.plan import Plan, make_plan
+from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
+from kvmi_libvirt.qemu.process import Process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+BIN: Final = Path(sys.executable).parent
+QEMU: Final = "/usr/bin/qemu-system-x86_64"
+_TIMEOUT_S: Final = 20.0
+
+
+def full_plan() -> Plan:
+    """Return HOOK and a single grant of each command and event of v12."""
+    commands = frozenset(command.name for command in V12.commands) - ALWAYS_ALLOWED
+    events = frozenset(event.name for event in V12.events)
+    policy = Policy(
+        mode=Mode.REQUIRED,
+        source=UnixSource(path="/run/kvmi/bench.sock"),
+        commands=Rights(allowed=commands),
+        events=Rights(allowed=events),
+    )
+    return make_plan(policy, V12, None)
+
+
+class Rig:
+    """A running QEMU: its process, its monitor."""
+
+    def __init__(self, process: Process, monitor: socket.socket, domain_uuid: str) -> None:
+        """Take what ``qemu()`` made; borrowed."""
+        self.process = process
+        self.uuid = domain_uuid
+        self._monitor = monitor
+        self._reader = monitor.makefile("rb")
+        self._reader.readline()
+        self.qmp("qmp_capabilities")
+        # An answer comes from the main loop: by then the VM exists.
+        self.vm_fd = process.vm_fds().vm
+
+    def close(self) -> None:
+        """Close the monitor's reader."""
+        self._reader.close()
+
+    def qmp(self, command: str, **arguments: object) -> Any:
+        """Return the answer to a QMP command."""
+        message = {"execute": command, "arguments": arguments}
+        self._monitor.sendall(json.dumps(message).encode() + b"\n")
+        while True:
+            answer = json.loads(self._reader.readline())
+            if "return" in answer:
+                return answer["return"]
+
+    def visit(self, plan: Plan) -> session.Report:
+        """Hook with *plan* and a socket of nobody's; unhook; return the hooking's report."""
+        near, far = socket.socketpair()
+        with near, far:
+            deadline = time.monotonic() + 5
+            report = worker.run(
+                lambda: session.hook(
+                    self.process, self.vm_fd, plan, near, bytes(16), deadline=deadline
+                ),
+                deadline=deadline,
+                keep_fds=(*self.process.owned_fds, near.fileno()),
+            )
+            self.unhook()
+        return report
+
+    def unhook(self) -> None:
+        """Take the hook off."""
+        deadline = time.monotonic() + 5
+        worker.run(
+            lambda: session.unhook(self.process, self.vm_fd, V12, deadline=deadline),
+            deadline=deadline,
+            keep_fds=self.process.owned_fds,
+        )
+
+    def probe(self) -> None:
+        """Attach, ask for the revision, detach."""
+        deadline = time.monotonic() + 5
+        worker.run(
+            lambda: session.probe(self.process, self.vm_fd, deadline=deadline),
+            deadline=deadline,
+            keep_fds=self.process.owned_fds,
+        )
+
+
+@contextlib.contextmanager
+def qemu(rom: bytes, *, vcpus: int = 1) -> Iterator[Rig]:
+    """Run a QEMU whose guest executes *rom*, on the emulated kernel, for the block."""
+    with tempfile.TemporaryDirectory(prefix="kvmi-bench-") as name:
+        directory = Path(name)
+        (directory / "rom").write_bytes(rom)
+        path = directory / "qmp.sock"
+        domain_uuid = str(uuid.uuid4())
+        command = [
+            *(str(BIN / "kvmi-libvirt"), "emulate", "--", QEMU),
+            *("-machine", "pc,accel=kvm", "-m", "32", "-smp", str(vcpus)),
+            *("-bios", str(directory / "rom"), "-uuid", domain_uuid),
+            *("-nodefaults", "-display", "none", "-serial", "null"),
+            *("-qmp", f"unix:{path},server=on,wait=off"),
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        ]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as popen:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as monitor:
+                    connect(monitor, path)
+                    with Process(Pid(popen.pid)) as process:
+                        rig = Rig(process, monitor, domain_uuid)
+                        try:
+                            yield rig
+                        finally:
+                            rig.close()
+            finally:
+                popen.kill()
+
+
+def connect(sock: socket.socket, path: Path) -> None:
+    """Connect to *path* as soon as somebody listens there."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            sock.connect(str(path))
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait for *condition*; TimeoutError after a while."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.01)
