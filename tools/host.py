@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import installer
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.state import STATE_DIR, StateDir
 
 if TYPE_CHECKING:
@@ -229,6 +230,21 @@ def hook_installed() -> Iterator[Path]:
         if made_dir:
             with contextlib.suppress(OSError):
                 installer.HOOK_DIR.rmdir()
+
+
+@contextlib.contextmanager
+def host_policy(text: str, path: Path = HOST_POLICY_PATH) -> Iterator[None]:
+    """Have a host policy for the block; put back what was there before."""
+    before = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    write(path, text).chmod(0o644)
+    try:
+        yield
+    finally:
+        if before is None:
+            path.unlink()
+        else:
+            path.write_bytes(before)
 
 
 @contextlib.contextmanager

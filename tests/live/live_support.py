@@ -107,6 +107,10 @@ class Vm:
     <controller type='usb' model='none'/>
   </devices>
 </domain>"""
+        self.define_xml(xml)
+
+    def define_xml(self, xml: str) -> None:
+        """Define the domain as *xml* says, which must have its name and uuid."""
         result = subprocess.run(
             [*VIRSH, "define", "/dev/stdin"],
             input=xml,

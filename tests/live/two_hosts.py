@@ -22,6 +22,7 @@ import pytest
 from live_support import BIN, probe
 
 from kvmi_libvirt import installer
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,15 +91,9 @@ class SecondHost:
         """Return the process id of a domain's QEMU there."""
         return int(self.path(f"/run/libvirt/qemu/{domain}.pid").read_text())
 
-    @contextlib.contextmanager
-    def host_policy(self, text: str) -> Iterator[None]:
+    def host_policy(self, text: str) -> contextlib.AbstractContextManager[None]:
         """Have a host policy there for the block."""
-        file = self.path("/etc/kvmi-libvirt/host-policy.xml")
-        file.write_text(text, encoding="utf-8")
-        try:
-            yield
-        finally:
-            file.unlink()
+        return host.host_policy(text, self.path(HOST_POLICY_PATH))
 
     def restart_libvirtd(self) -> None:
         """Stop and start its libvirtd; running VMs go on and are reconnected to."""
