@@ -387,6 +387,7 @@ def _record(
         since=st.now_text(),
         error=error,
         socket_inode=socket_inode,
+        secret=policy.secret,
     )
 
 
@@ -451,6 +452,7 @@ def change_vm(
                 f"'{recorded.domain}' is hooked by {recorded.source}; unhook it, then hook it",
                 exit_code=ExitCode.FAILED,
             )
+        _require_proven(recorded, policy)
         abi = abi_of(recorded)
         before = _grants_in_force(recorded, abi)
         plan = make_plan(policy, abi, before)
@@ -481,6 +483,18 @@ def change_vm(
             raise failure
         logger.info("domain %s: rights changed, %d steps", record.domain, len(plan.steps))
         return record
+
+
+def _require_proven(recorded: VmState, policy: Policy) -> None:
+    # The tool was asked when it was hooked, and cannot be asked again on this channel.
+    if policy.secret in (None, recorded.secret):
+        return
+    proven = "none" if recorded.secret is None else f"'{recorded.secret}'"
+    raise SessionError(
+        f"the policy asks for the secret '{policy.secret}', but the tool of domain "
+        f"'{recorded.domain}' was asked for {proven} when it was hooked; unhook it, then hook it",
+        exit_code=ExitCode.FAILED,
+    )
 
 
 def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmState:

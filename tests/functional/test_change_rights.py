@@ -116,6 +116,42 @@ def test_change_that_cannot_be_changes_nothing(tmp_path: Path, process: Process)
         tool.told(READ)
 
 
+@pytest.mark.usefixtures("secrets")
+def test_secret_that_the_tool_was_not_asked_for_takes_a_new_hook(
+    tmp_path: Path, process: Process
+) -> None:
+    state = StateDir(tmp_path / "state")
+    with running_tool(tmp_path, b"open sesame") as tool:
+        first = policy(tool, {READ})
+        wider = policy(tool, {READ, WRITE})
+        hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
+        with pytest.raises(SessionError, match=r"secret 'db2', but .* was asked for 'db1' when"):
+            change_vm(process, UUID, dataclasses.replace(wider, secret="db2"), state=state)
+        # What it has proven it need not prove again, nor when less is asked of it.
+        now = change_vm(process, UUID, wider, state=state)
+        assert now.commands == (READ, WRITE)
+        now = change_vm(process, UUID, dataclasses.replace(first, secret=None), state=state)
+        assert now.commands == (READ,)
+        now = change_vm(
+            process, UUID, lambda s: changed(s, read_names([PAUSE]), allow=True), state=state
+        )
+        assert now.commands == (PAUSE, READ)
+        tool.told(PAUSE, READ)
+
+
+def test_tool_that_was_asked_for_no_secret_gets_nothing_of_a_policy_with_one(
+    tmp_path: Path, process: Process
+) -> None:
+    state = StateDir(tmp_path / "state")
+    with running_tool(tmp_path) as tool:
+        first = dataclasses.replace(policy(tool, {READ}), secret=None)
+        before = hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
+        with pytest.raises(SessionError, match="was asked for none when it was hooked; unhook it"):
+            change_vm(process, UUID, policy(tool, {WRITE}), state=state)
+        assert state.load(UUID) == before
+        tool.told(READ)
+
+
 def test_tool_without_the_secret_gets_nothing_and_no_trace_of_it_is_left(
     tmp_path: Path, process: Process, secrets: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
