@@ -288,11 +288,12 @@ def probe_revision(process: Process, fds: VmFds, *, pin: str | None = None) -> K
     """Return the KVMI revision of the kernel under *process*; changes nothing.
 
     Parameters
-        pin  what the host's policy says it is; decides between v11 and v12, which
-             share their numbers, and must not contradict the probe otherwise
+        pin  what the host's policy says it is. Decides between v11 and v12, which share
+             their numbers, where the kernel does not tell; where it tells otherwise,
+             there is doubt, in which neither of the ids that differ is granted
     Raises
         SessionError         no KVMI, switched off, or QEMU not to be had; .exit_code tells
-        UnsupportedByKernel  *pin* cannot be
+        UnsupportedByKernel  the kernel cannot be what *pin* says
     """
     deadline = time.monotonic() + SESSION_S
     report = worker.run(
@@ -301,15 +302,19 @@ def probe_revision(process: Process, fds: VmFds, *, pin: str | None = None) -> K
         keep_fds=process.owned_fds,
     )
     probed = revisions.by_name(report.abi)
-    if pin is None or pin == probed.name:
-        return probed
-    pinned = revisions.by_name(pin)
-    if pinned.request(Ioctl.COMMAND) != probed.request(Ioctl.COMMAND):
+    abi = revisions.pinned(probed, pin)
+    if abi is None:
         raise UnsupportedByKernel(
             f"the host policy says the kernel's KVMI revision is {pin}, but it is {probed.name}; "
             f"correct <kernel abi=...>"
         )
-    return pinned
+    if abi.name not in (probed.name, pin):
+        logger.warning(
+            "the host policy says the kernel's KVMI revision is %s, but it answers as %s: what "
+            "differs is not granted; correct or remove <kernel abi=...>",
+            *(pin, probed.name),
+        )
+    return abi
 
 
 def _tell_what_is_left_out(name: str, policy: Policy, abi: KvmiAbi) -> None:
