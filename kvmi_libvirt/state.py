@@ -46,6 +46,7 @@ class VmState:
     always allowed. ``start_ticks`` (clock ticks after boot) makes ``pid`` unique.
     ``socket_inode`` is the channel's, 0 when there is none. ``all_ids`` holds
     "commands" and "events" where all ids were granted, those without a name too.
+    ``secret`` is the name of the one the tool proved to know, None for none.
     """
 
     domain: str
@@ -62,6 +63,7 @@ class VmState:
     error: str | None
     socket_inode: int
     all_ids: tuple[str, ...] = ()
+    secret: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

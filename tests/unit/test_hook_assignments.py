@@ -119,14 +119,19 @@ class AnyProcess:
         ("v11-or-v12", "v12", "v12"),
         ("v11-or-v12", None, "v11-or-v12"),
         ("v12", "v12", "v12"),
-        ("v12", "v11", "v11"),
+        ("v12", "v11", "v11-or-v12"),
+        ("v11", "v12", "v11-or-v12"),
         ("v12", "v7", None),
         ("v7", "v12", None),
         ("v7", "v7", "v7"),
     ],
 )
-def test_pin_decides_between_v11_and_v12_and_never_contradicts_the_probe(
-    probed: str, pin: str | None, result: str | None, monkeypatch: pytest.MonkeyPatch
+def test_pin_decides_between_v11_and_v12_only_where_the_kernel_does_not(
+    probed: str,
+    pin: str | None,
+    result: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("kvmi_libvirt.introspect.worker.run", lambda *_, **__: Report(abi=probed))
     ask = introspect.probe_revision
@@ -136,6 +141,8 @@ def test_pin_decides_between_v11_and_v12_and_never_contradicts_the_probe(
             ask(process, fds, pin=pin)  # type: ignore[arg-type]  # not reached: run is a fake
         return
     assert ask(process, fds, pin=pin) is by_name(result)  # type: ignore[arg-type]  # as above
+    is_told = "correct or remove <kernel abi=...>" in caplog.text
+    assert is_told == (result == "v11-or-v12" != probed)
 
 
 @pytest.fixture(autouse=True)
