@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> ExitCode:
     """Print what is recorded, checked against what can be seen now."""
     problems: list[StateError] = []
-    states = [verified(state) for state in state_dir().all(problems.append) if _runs(state)]
+    states = [seen for state in state_dir().all(problems.append) if (seen := _seen(state))]
     for problem in problems:
         print(f"kvmi-libvirt: {problem}", file=sys.stderr)
     _show(args, states)
@@ -70,13 +70,13 @@ def _show(args: argparse.Namespace, states: list[VmState]) -> None:
             print(f"{state.domain}: {state.error}")
 
 
-def _runs(state: VmState) -> bool:
+def _seen(state: VmState) -> VmState | None:
     # A VM may have ended while libvirtd was down, so that no hook cleaned up.
     try:
         with Process(Pid(state.pid)) as process:
-            return is_same_process(state, process)
+            return verified(state, process) if is_same_process(state, process) else None
     except TargetError:
-        return False
+        return None
 
 
 def public_fields(state: VmState) -> dict[str, object]:
