@@ -31,9 +31,11 @@ from kvmi_libvirt.errors import (
     KvmiLibvirtError,
     SessionError,
     StateError,
+    TargetError,
     TargetUnsuitable,
     UnsupportedByKernel,
 )
+from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.plan import (
     Grants,
     Plan,
@@ -48,6 +50,7 @@ from kvmi_libvirt.policy.adjust import adjust, merged
 from kvmi_libvirt.policy.digest import digest
 from kvmi_libvirt.policy.secret import read_secret
 from kvmi_libvirt.qemu.layout import highest_ram_end
+from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.sockdiag import (
     tcp_stream_is_connected,
     unix_stream_is_connected,
@@ -68,13 +71,16 @@ if TYPE_CHECKING:
     from kvmi_libvirt.policy.element import Domain
     from kvmi_libvirt.policy.limits import Ceiling
     from kvmi_libvirt.policy.model import Mode, Policy
-    from kvmi_libvirt.qemu.process import Process, VmFds
+    from kvmi_libvirt.qemu.process import VmFds
     from kvmi_libvirt.state import StateDir, VmState
 
 logger = logging.getLogger(__name__)
 
 SESSION_S: Final = 3.0
 """How long one visit to QEMU may take, waiting for a busy main loop included."""
+
+ALREADY_HOOKED: Final = "AlreadyHooked"
+"""SessionError.kind when a hook with a tool at its end is there; nothing was touched."""
 
 OnHooked: TypeAlias = "Callable[[VmState, session.Report, socket.socket], None]"
 
@@ -196,6 +202,7 @@ def _require_unhooked(process: Process, domain: Domain, state: StateDir) -> VmSt
     if channel_is_open(recorded):
         raise SessionError(
             f"domain '{domain.name}' is hooked already; 'kvmi-libvirt unhook' it first",
+            kind=ALREADY_HOOKED,
             exit_code=ExitCode.FAILED,
         )
     return recorded
@@ -536,7 +543,8 @@ def change_vm(
             state.save(record)
         if failure is not None:
             raise failure
-        logger.info("domain %s: rights changed, %d steps", record.domain, len(plan.steps))
+        if plan.steps:
+            logger.info("domain %s: rights changed, %d steps", record.domain, len(plan.steps))
         return record
 
 
@@ -627,6 +635,24 @@ def is_same_process(recorded: VmState, process: Process) -> bool:
     return (recorded.pid, recorded.start_ticks) == (process.pid, process.start_ticks)
 
 
+def process_runs(recorded: VmState) -> bool:
+    """Say whether the very process that *recorded* is about still runs."""
+    try:
+        with Process(Pid(recorded.pid)) as process:
+            return is_same_process(recorded, process)
+    except TargetError:
+        return False
+
+
+def look_at(recorded: VmState) -> VmState | None:
+    """Return *recorded* as :func:`verified` sees it, or None when its process has ended."""
+    try:
+        with Process(Pid(recorded.pid)) as process:
+            return verified(recorded, process) if is_same_process(recorded, process) else None
+    except TargetError:
+        return None
+
+
 def channel_is_open(recorded: VmState) -> bool:
     """Say whether the tool of a hooked VM is still there.
 
@@ -657,6 +683,23 @@ def _is_closed(recorded: VmState) -> bool:
 
 
 _ASK: Final = {"vsock": vsock_stream_is_connected, "tcp": tcp_stream_is_connected}
+
+
+def public_fields(recorded: VmState) -> dict[str, object]:
+    """Return the fields ``status --json`` promises, in their order."""
+    return {
+        "domain": recorded.domain,
+        "uuid": recorded.uuid,
+        "pid": recorded.pid,
+        "abi": recorded.abi,
+        "mode": recorded.mode,
+        "state": recorded.state,
+        "source": recorded.source,
+        "commands": list(recorded.commands),
+        "events": list(recorded.events),
+        "since": recorded.since,
+        "error": recorded.error,
+    }
 
 
 def verified(recorded: VmState, process: Process | None = None) -> VmState:

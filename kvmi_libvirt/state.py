@@ -208,7 +208,7 @@ class StateDir:
         except OSError as error:
             raise StateError(f"cannot read {path}: {error.strerror}") from error
         try:
-            return _decode(json.loads(raw), kind)
+            return decode(json.loads(raw), kind)
         except (ValueError, TypeError, RecursionError) as error:
             raise StateError(f"{path} is damaged ({error}); remove it") from error
 
@@ -235,7 +235,12 @@ def _is_same_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _decode(value: object, kind: type[_Record]) -> _Record:
+def decode(value: object, kind: type[_Record]) -> _Record:
+    """Return the record of which *value* are the fields, as JSON has them.
+
+    Raises
+        ValueError, TypeError  it is none.
+    """
     if not isinstance(value, dict):
         raise TypeError("not an object")
     fields = {}

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
 from kvmi_libvirt.cli.output import print_json
-from kvmi_libvirt.cli.status import public_fields, summary
+from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import state_dir
 from kvmi_libvirt.errors import PolicyRefused
-from kvmi_libvirt.introspect import change_vm, is_same_process, take_leave
+from kvmi_libvirt.introspect import change_vm, is_same_process, public_fields, take_leave
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.qemu.process import open_domain

@@ -6,11 +6,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt.cli.output import print_json
-from kvmi_libvirt.cli.status import public_fields, summary
+from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
 from kvmi_libvirt.errors import ExitCode, TargetNotFound
 from kvmi_libvirt.introspect import (
     is_same_process,
+    public_fields,
     take_leave,
     unhook_unrecorded,
     unhook_vm,
