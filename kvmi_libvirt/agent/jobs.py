@@ -258,7 +258,6 @@ class Jobs:
         line = " ".join(str(error).split())
         self._outcome.error = line
         self._outcome.kind = getattr(error, "kind", None) or type(error).__name__
-        logger.warning("%s", line)
 
     def _plan_retry(
         self, error: KvmiLibvirtError, process: Process, uuid: str, policy: Policy | None

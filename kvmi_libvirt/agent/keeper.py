@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import random
@@ -42,6 +43,10 @@ logger = logging.getLogger(__name__)
 JOB_S: Final = 45.0
 """For one job: a handshake of at most 30 s, and visits to QEMU."""
 
+TOOL_LEFT: Final = "the tool has closed its channel"
+
+_FLAP_S: Final = 10.0
+_FLAP_BACKOFF: Final = Backoff(first_s=1.0, last_s=60.0)
 _CHANNEL_PREFIX: Final = "channel-"
 
 
@@ -318,10 +323,10 @@ class Keeper:
             if not self._runs(vm):
                 self._forget(vm)
             return
-        before = vm.record
+        before = vm.record, vm.error
         vm.take(outcome)
         self._metrics.note(outcome)
-        self._tell(vm, before, outcome)
+        self._tell(vm, *before, outcome)
         self._watch(vm, outcome)
         if outcome.retry_s is not None:
             self._plan_retry(vm, outcome.retry_s)
@@ -332,9 +337,11 @@ class Keeper:
         ):
             vm.is_due = True  # another tool may be wanted now
 
-    def _tell(self, vm: Vm, before: st.VmState | None, outcome: Outcome) -> None:
+    def _tell(self, vm: Vm, before: st.VmState | None, error: str | None, outcome: Outcome) -> None:
+        # One line an event: the tenth failure for the same reason is none.
         record = vm.record
-        if record is None or (before is not None and before.state == record.state):
+        is_same_state = before is not None and record is not None and before.state == record.state
+        if record is None or (is_same_state and outcome.error in (None, error)):
             return
         if outcome.stall_us:
             return  # hooked, and told with what it cost
@@ -372,6 +379,8 @@ class Keeper:
             self._unwatch_channel(vm)
             self._notifier.keep(_CHANNEL_PREFIX + vm.uuid, fd)
             vm.channel = fd
+            if outcome.stall_us:
+                vm.came_s = asyncio.get_running_loop().time()
             self._watcher.watch_channel(fd, lambda: self._channel_ended(vm))
         elif vm.channel is None:
             self._sweep_later()
@@ -407,7 +416,33 @@ class Keeper:
             return
         self._metrics.tool_left()
         vm.tries = 0
-        self.look(vm)
+        self._note_departure(vm)
+        loop = asyncio.get_running_loop()
+        # A tool that comes and goes is not run after: each time it gets twice as long.
+        is_flap = loop.time() - vm.came_s < _FLAP_S
+        vm.flaps = vm.flaps + 1 if is_flap else 0
+        if vm.flaps > 1:
+            vm.stop_retry()
+            vm.retry = loop.call_later(_FLAP_BACKOFF.delay_s(vm.flaps - 1), self._retry_now, vm)
+        else:
+            self.look(vm)
+
+    def _note_departure(self, vm: Vm) -> None:
+        # Nothing is in force any more, whatever the ioctls would say.
+        record = vm.record
+        if record is None or record.state != st.HOOKED:
+            return
+        vm.record = dataclasses.replace(
+            record, state=st.WAITING, commands=(), events=(), all_ids=(), error=TOOL_LEFT
+        )
+        vm.error = TOOL_LEFT
+        level = logging.ERROR if record.mode == "required" else logging.WARNING
+        logger.log(
+            level, "domain %s: %s", vm.name, TOOL_LEFT, extra={**_fields(vm), "event": "left"}
+        )
+        with contextlib.suppress(StateError), self._state.locked(vm.uuid, deadline=0.0):
+            if self._state.load(vm.uuid) == record:
+                self._state.save(vm.record)
 
     def _ended(self, vm: Vm) -> None:
         vm.pidfd = None

@@ -28,6 +28,8 @@ class Vm:
         channel  our copy of its channel, as watched; None where it cannot be watched
         pidfd    of its process, as watched
         tries    how many attempts to hook it failed in a row
+    flaps    how many times in a row its tool left soon after it came
+    came_s   when its tool came, in the loop's time
         retry    the timer of the next attempt
     """
 
@@ -42,6 +44,8 @@ class Vm:
     pidfd: int | None = None
     wanted: bool = False
     tries: int = 0
+    flaps: int = 0
+    came_s: float = 0.0
     retry: asyncio.TimerHandle | None = None
     closed: asyncio.Event | None = None
     error: str | None = None
