@@ -232,14 +232,19 @@ def _demands(xml: bytes) -> bool:
     # Where the host assigns a policy, its mode counts and not the element's. A host
     # policy that cannot be read demands nothing of a domain without an element.
     try:
-        host = load_host_policy()
-        if host.assignments:
-            domain = parse_domain(xml, source="", with_policy=False)
-            assigned = host.assignment(domain)
-            if assigned is not None:
-                return assigned.policy.mode is Mode.REQUIRED
+        assignments = load_host_policy().assignments
     except (KvmiLibvirtError, OSError):
-        pass  # told already: it is what is being judged
+        assignments = ()  # told already: it is what is being judged
+    if assignments:
+        try:
+            domain = parse_domain(xml, source="", with_policy=False)
+        except KvmiLibvirtError:
+            # Whom it is for cannot be told. A demand that may be for this one counts.
+            modes = {assigned.policy.mode for assigned in assignments}
+            return Mode.REQUIRED in modes or is_required(xml)
+        found = next((assigned for assigned in assignments if assigned.fits(domain)), None)
+        if found is not None:
+            return found.policy.mode is Mode.REQUIRED
     return is_required(xml)
 
 
