@@ -119,7 +119,7 @@ def _attribute_findings(element: etree._Element, shape: Shape) -> Iterator[Findi
         elif not known.pattern.fullmatch(value):
             strangers = True
             write = _instead(name, value) or known.write
-            text = f"{name}={quoted(value)} on {tag} is not possible; write {write}"
+            text = f"{name}={_shown(element, value)} on {tag} is not possible; write {write}"
             yield _finding(element, text)
     if not strangers:
         yield from _lacking_attributes(element, shape, attributes)
@@ -171,11 +171,15 @@ def _unknown_attribute(
 def _text_findings(element: etree._Element) -> Iterator[Finding]:
     for text in (text_of(element), *map(tail_of, element)):
         if stripped := text.strip(_XML_SPACE):
-            # Somebody may have written the secret itself there: it must not be repeated.
-            shown = "(not shown)" if split(element)[1] == "secret" else quoted(stripped)
-            yield _finding(
-                element, f"text {shown} in {tag_of(element)}; only elements belong there"
+            text = (
+                f"text {_shown(element, stripped)} in {tag_of(element)}; only elements belong there"
             )
+            yield _finding(element, text)
+
+
+def _shown(element: etree._Element, text: str) -> str:
+    # Somebody may have written the secret itself there: it must not be repeated.
+    return "(not shown)" if split(element)[1] == "secret" else quoted(text)
 
 
 def _child_findings(element: etree._Element, shape: Shape) -> Iterator[Finding]:
