@@ -38,7 +38,7 @@ from kvmi_libvirt.introspect import (
 )
 from kvmi_libvirt.policy.digest import digest
 from kvmi_libvirt.policy.element import parse_domain
-from kvmi_libvirt.policy.host import HOST_POLICY_PATH, load_host_policy
+from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE, NAMESPACE_STEM, Mode
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.policy.secret import read_secret
@@ -78,7 +78,7 @@ class Hook:
     Parameters
         state          the state directory
         run_dir        where libvirt keeps pidfiles
-        host_policy    the file of the host's policy
+        host_policy    instead of the host's policy
         on_hooked      as :func:`introspect.hook_vm` has it
         allow_standin  also serve stand-in VM processes without KVM
     """
@@ -88,7 +88,7 @@ class Hook:
         *,
         state: StateDir | None = None,
         run_dir: Path = LIBVIRT_QEMU_RUN_DIR,
-        host_policy: Path = HOST_POLICY_PATH,
+        host_policy: Path | None = None,
         on_hooked: OnHooked | None = None,
         allow_standin: bool = False,
     ) -> None:
@@ -137,17 +137,24 @@ class Hook:
         # Where the host assigns a policy, its mode counts and not the element's. A host
         # policy that cannot be read demands nothing of a domain without an element.
         try:
-            host = self._host()
-            if host.assignments:
-                domain = parse_domain(xml, source="", with_policy=False)
-                assigned = host.assignment(domain)
-                if assigned is not None:
-                    return assigned.policy.mode is Mode.REQUIRED
+            assignments = self._host().assignments
         except (KvmiLibvirtError, OSError):
-            pass  # told already: it is what is being judged
+            assignments = ()  # told already: it is what is being judged
+        if assignments:
+            try:
+                domain = parse_domain(xml, source="", with_policy=False)
+            except KvmiLibvirtError:
+                # Whom it is for cannot be told. A demand that may be for this one counts.
+                modes = {assigned.policy.mode for assigned in assignments}
+                return Mode.REQUIRED in modes or is_required(xml)
+            found = next((assigned for assigned in assignments if assigned.fits(domain)), None)
+            if found is not None:
+                return found.policy.mode is Mode.REQUIRED
         return is_required(xml)
 
     def _host(self) -> HostPolicy:
+        if self._host_policy is None:
+            return load_host_policy()
         return load_host_policy(self._host_policy)
 
     def _policy(self, name: str, xml: bytes) -> tuple[Domain, Policy | None]:

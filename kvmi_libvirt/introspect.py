@@ -336,11 +336,12 @@ def probe_revision(process: Process, fds: VmFds, *, pin: str | None = None) -> K
     """Return the KVMI revision of the kernel under *process*; changes nothing.
 
     Parameters
-        pin  what the host's policy says it is; decides between v11 and v12, which
-             share their numbers, and must not contradict the probe otherwise
+        pin  what the host's policy says it is. Decides between v11 and v12, which share
+             their numbers, where the kernel does not tell; where it tells otherwise,
+             there is doubt, in which neither of the ids that differ is granted
     Raises
         SessionError         no KVMI, switched off, or QEMU not to be had; .exit_code tells
-        UnsupportedByKernel  *pin* cannot be
+        UnsupportedByKernel  the kernel cannot be what *pin* says
     """
     deadline = time.monotonic() + SESSION_S
     report = worker.run(
@@ -349,15 +350,19 @@ def probe_revision(process: Process, fds: VmFds, *, pin: str | None = None) -> K
         keep_fds=process.owned_fds,
     )
     probed = revisions.by_name(report.abi)
-    if pin is None or pin == probed.name:
-        return probed
-    pinned = revisions.by_name(pin)
-    if pinned.request(Ioctl.COMMAND) != probed.request(Ioctl.COMMAND):
+    abi = revisions.pinned(probed, pin)
+    if abi is None:
         raise UnsupportedByKernel(
             f"the host policy says the kernel's KVMI revision is {pin}, but it is {probed.name}; "
             f"correct <kernel abi=...>"
         )
-    return pinned
+    if abi.name not in (probed.name, pin):
+        logger.warning(
+            "the host policy says the kernel's KVMI revision is %s, but it answers as %s: what "
+            "differs is not granted; correct or remove <kernel abi=...>",
+            *(pin, probed.name),
+        )
+    return abi
 
 
 def _tell_what_is_left_out(name: str, policy: Policy, abi: KvmiAbi) -> None:
@@ -506,6 +511,7 @@ def change_vm(
                 f"'{recorded.domain}' is hooked by {recorded.source}; unhook it, then hook it",
                 exit_code=ExitCode.FAILED,
             )
+        _require_proven(recorded, policy)
         abi = abi_of(recorded)
         before = _grants_in_force(recorded, abi)
         plan = make_plan(policy, abi, before)
@@ -593,6 +599,18 @@ def take_leave(process: Process, recorded: VmState, *, state: StateDir) -> VmSta
         while time.monotonic() < deadline and process.is_alive() and not _is_closed(recorded):
             time.sleep(_LEAVE_POLL_S)
     return unhook_vm(process, recorded, state=state)
+
+
+def _require_proven(recorded: VmState, policy: Policy) -> None:
+    # The tool was asked when it was hooked, and cannot be asked again on this channel.
+    if policy.secret in (None, recorded.secret):
+        return
+    proven = "none" if recorded.secret is None else f"'{recorded.secret}'"
+    raise SessionError(
+        f"the policy asks for the secret '{policy.secret}', but the tool of domain "
+        f"'{recorded.domain}' was asked for {proven} when it was hooked; unhook it, then hook it",
+        exit_code=ExitCode.FAILED,
+    )
 
 
 def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmState:

@@ -62,10 +62,9 @@ def next_step(seen: Seen) -> Step:
             return Step.NOTHING
         return Step.LEAVE if seen.is_open else Step.UNHOOK
     if has_hook and seen.is_open:
-        is_other_tool = (record.source, record.secret) != (
-            wanted.source.describe(),
-            wanted.secret,
-        )
+        # A secret can only be proven in a handshake; one no longer asked for harms nobody.
+        is_proven = wanted.secret in (None, record.secret)
+        is_other_tool = record.source != wanted.source.describe() or not is_proven
         return Step.LEAVE if is_other_tool else Step.CHANGE
     is_new = record.policy != seen.digest
     if has_hook:

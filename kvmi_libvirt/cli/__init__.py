@@ -48,6 +48,10 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
 )
 
 
+_INTERMIXED: Final = frozenset({"allow", "deny"})
+"""Their names may follow options; argparse alone would take such names for unknown."""
+
+
 class Verb(Protocol):
     """What a verb module offers."""
 
@@ -138,8 +142,9 @@ def _run(name: str, arguments: list[str], *, debug: bool) -> int:
     verb = cast("Verb", importlib.import_module(f"kvmi_libvirt.cli.{name}"))  # chosen from VERBS
     parser = _Parser(prog=f"{PROG} {name}", description=VERBS[name], allow_abbrev=False)
     verb.add_arguments(parser)
+    parse = parser.parse_intermixed_args if name in _INTERMIXED else parser.parse_args
     try:
-        args = parser.parse_args(arguments)
+        args = parse(arguments)
     except SystemExit as error:  # argparse ends --help and usage errors this way
         return int(error.code or 0)
     try:

@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> ExitCode:
     """Ask the tool to let go, wait for it as long as the policy says, and unhook the VM."""
     with open_target(args) as target:
         state = state_dir()
-        recorded = state.load(target.domain.uuid)
+        recorded = state.load(target.uuid)
         if recorded is None or not is_same_process(recorded, target.process):
-            if unhook_unrecorded(target.process, target.domain.uuid, state=state):
-                print(f"{target.domain.name}: unhooked what an interrupted session had left")
+            if unhook_unrecorded(target.process, target.uuid, state=state):
+                print(f"{target.name}: unhooked what an interrupted session had left")
                 return ExitCode.OK
-            raise TargetNotFound(f"domain '{target.domain.name}' is not hooked by kvmi-libvirt")
+            raise TargetNotFound(f"domain '{target.name}' is not hooked by kvmi-libvirt")
         leave = unhook_vm if args.now or recorded.state != HOOKED else take_leave
         record = leave(target.process, recorded, state=state)
     if args.json:
