@@ -129,7 +129,7 @@ class Hook:
         vetoes = operation not in (Operation.RECONNECT, Operation.STOPPED, Operation.RELEASE)
         if vetoes and self._demands(xml):
             logger.error("domain %s: %s refused: %s", name, operation.value, line)
-            return f"kvmi-libvirt: domain '{name}' requires introspection: {line}"
+            return f"{_reason(error)}; domain '{name}' requires introspection (kvmi-libvirt)"
         logger.warning("domain %s: %s: %s", name, operation.value, line)
         return None
 
@@ -240,6 +240,15 @@ class Hook:
         # Not under the feet of a session at work; it soon finds that QEMU is gone.
         with self._state.locked(uuid, deadline=time.monotonic() + _LOCK_S):
             self._state.remove(uuid)
+
+
+def _reason(error: Exception) -> str:
+    # libvirt puts its own words before ours, and OpenStack shows the first 255 bytes of
+    # all: what is wrong must come before where it was written, and for which domain.
+    text = str(error)
+    if isinstance(error, PolicyError) and error.place:
+        text = f"{error.message} ({error.place})"
+    return " ".join(text.split())
 
 
 class Facts(NamedTuple):

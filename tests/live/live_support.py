@@ -17,7 +17,7 @@ import host
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 VIRSH = ("virsh", "-q", "-c", "qemu:///system")
 NAMESPACE = "urn:kvmi-libvirt:introspection:1.0"
@@ -107,6 +107,10 @@ class Vm:
     <controller type='usb' model='none'/>
   </devices>
 </domain>"""
+        self.define_xml(xml)
+
+    def define_xml(self, xml: str) -> None:
+        """Define the domain as *xml* says, which must have its name and uuid."""
         result = subprocess.run(
             [*VIRSH, "define", "/dev/stdin"],
             input=xml,
@@ -187,9 +191,13 @@ class Tool:
 
 
 @contextlib.contextmanager
-def probe(socket_path: Path, *options: str) -> Iterator[Tool]:
-    """Run a probe that listens on *socket_path* for the block."""
+def probe(socket_path: Path, *options: str, within: Sequence[str] = ()) -> Iterator[Tool]:
+    """Run a probe that listens on *socket_path* for the block.
+
+    *within* is the command that enters another host's namespaces.
+    """
     command = [
+        *within,
         str(BIN / "kvmi-libvirt"),
         "probe",
         "--listen",

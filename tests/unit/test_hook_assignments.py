@@ -59,7 +59,7 @@ def test_mode_of_an_assignment_decides_and_not_the_elements(
     on(monkeypatch, assign("required"))
     veto = hook.run("db1", "started", xml(element))
     assert veto is not None
-    assert veto.startswith("kvmi-libvirt: domain 'db1' requires introspection: ")
+    assert veto.endswith("; domain 'db1' requires introspection (kvmi-libvirt)")
     assert hook.run("db1", "reconnect", xml(element)) is None
     on(monkeypatch, assign("optional"))
     assert hook.run("db1", "started", xml(element)) is None

@@ -177,14 +177,14 @@ def test_the_reason_is_one_line_that_names_the_domain(hook: Hook, kind: str) -> 
 
     assert veto is not None
     assert "\n" not in veto
-    assert veto.startswith(f"kvmi-libvirt: domain '{NAME}' requires introspection: ")
+    assert veto.endswith(f"; domain '{NAME}' requires introspection (kvmi-libvirt)")
 
 
 def test_the_reason_tells_the_line_and_what_to_write(hook: Hook) -> None:
     veto = hook.run(NAME, "prepare", DOMAINS["invalid required"])
 
     assert veto is not None
-    assert f"XML of domain '{NAME}':1: " in veto
+    assert f"(XML of domain '{NAME}':1)" in veto
 
 
 def test_an_optional_failure_is_logged(hook: Hook, caplog: pytest.LogCaptureFixture) -> None:
@@ -212,7 +212,7 @@ def test_what_the_host_forbids_is_refused(
     assert hook.run(NAME, operation, DOMAINS["optional"]) is None
     veto = hook.run(NAME, operation, DOMAINS["required"])
     assert veto is not None
-    assert veto.endswith("/etc/x: not on this host")
+    assert veto.startswith("not on this host (/etc/x); ")
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "no")])
