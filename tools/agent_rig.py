@@ -31,6 +31,7 @@ class RunningAgent:
         domains    a libvirt URI or a directory of status files
         run_dir    where pidfiles are
         settings   more keys of the configuration
+        seen_state_dir  where its state directory lies for us, if it is on another host
         program    what to run instead of ``kvmi-libvirt agent``
     """
 
@@ -43,10 +44,12 @@ class RunningAgent:
         state_dir: Path | None = None,
         host_policy: Path | None = None,
         settings: dict[str, str] | None = None,
+        seen_state_dir: Path | None = None,
         program: Sequence[str] = (str(PROGRAM), "agent"),
     ) -> None:
         self.directory = directory
-        self.state_dir = state_dir or directory / "state"
+        state_dir = state_dir or directory / "state"
+        self.state_dir = seen_state_dir or state_dir
         self.host_policy = host_policy or directory / "host-policy.xml"
         self.log = directory / "agent.log"
         self.config = directory / "agent.conf"
@@ -54,7 +57,7 @@ class RunningAgent:
             "domains": domains,
             "metrics": f"unix:{directory}/metrics.sock",
             "run-dir": str(run_dir),
-            "state-dir": str(self.state_dir),
+            "state-dir": str(state_dir),
             "host-policy": str(self.host_policy),
             **(settings or {}),
         }
