@@ -40,6 +40,7 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "allow": "give a hooked VM's tool more rights now",
         "deny": "take rights from a hooked VM's tool now",
         "probe": "be an introspection tool that asks the kernel what it may do",
+        "agent": "be the daemon that keeps introspection right",
         "emulate": "run a command on an emulated KVMI kernel",
         "install": "install the libvirt hook",
         "uninstall": "remove the libvirt hook",

@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt.cli.output import print_json
-from kvmi_libvirt.cli.status import public_fields, summary
+from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
 from kvmi_libvirt.errors import ExitCode, PolicyRefused
-from kvmi_libvirt.introspect import hook_vm
+from kvmi_libvirt.introspect import hook_vm, public_fields
 from kvmi_libvirt.policy.document import read_file
 from kvmi_libvirt.policy.element import parse_document, parse_domain
 from kvmi_libvirt.policy.host import load_host_policy

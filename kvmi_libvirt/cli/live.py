@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
 from kvmi_libvirt.cli.output import print_json
-from kvmi_libvirt.cli.status import public_fields, summary
+from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import state_dir
 from kvmi_libvirt.errors import PolicyRefused
-from kvmi_libvirt.introspect import change_vm, is_same_process, unhook_vm
+from kvmi_libvirt.introspect import change_vm, is_same_process, public_fields, take_leave
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.qemu.process import open_domain
@@ -63,5 +63,5 @@ def follow(domain: str, uuid: str, *, uri: str) -> VmState | None:
         source = f"XML of domain '{running.name}'"
         policy = decide(running.xml, load_host_policy(), source=source)[1]
         if policy is None:
-            return unhook_vm(process, recorded, state=state)
+            return take_leave(process, recorded, state=state)
         return change_vm(process, uuid, policy, state=state)

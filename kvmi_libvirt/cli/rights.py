@@ -15,7 +15,7 @@ from kvmi_libvirt.introspect import change_vm
 from kvmi_libvirt.policy.groups import GROUPS
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import Mode, Policy, Reason, Rights, parse_source
-from kvmi_libvirt.policy.rules import COMMANDS, EVENTS, canonical, unknown_name
+from kvmi_libvirt.policy.rules import COMMANDS, EVENTS, canonical, unknown_right
 
 if TYPE_CHECKING:
     import argparse
@@ -93,9 +93,7 @@ def read_names(names: list[str]) -> Named:
         elif event is not None:
             events.add(event)
         else:
-            looks_like_event = "EVENT" in name.upper()
-            vocabulary = EVENTS if looks_like_event else COMMANDS
-            raise PolicyValueError(unknown_name(name, vocabulary))
+            raise PolicyValueError(unknown_right(name))
     named = {canonical(name, COMMANDS) or canonical(name, EVENTS) for name in names}
     return Named(
         commands=frozenset(commands),

@@ -179,7 +179,10 @@ class Process:
         self._require_option("-id", str(vmid), f"VM {vmid}")
 
     def _require_option(self, option: str, value: str, whose: str) -> None:
-        for name, given in itertools.pairwise(self.command_line()):
+        arguments = self.command_line()
+        if not arguments:  # its memory went first
+            raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid)
+        for name, given in itertools.pairwise(arguments):
             if name == option and given.lower() == value.lower():
                 return
         raise TargetChanged(

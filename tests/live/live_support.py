@@ -86,15 +86,22 @@ class Vm:
             [*VIRSH, *arguments], capture_output=True, text=True, timeout=60, check=False
         )
 
-    def define(self, metadata: str = "", *, emulator: Path | str | None = None) -> None:
-        """Define the domain with *metadata*."""
+    def define(
+        self,
+        metadata: str = "",
+        *,
+        emulator: Path | str | None = None,
+        devices: str = "",
+        max_vcpus: int = 2,
+    ) -> None:
+        """Define the domain with *metadata*, two vCPUs, and more *devices*."""
         xml = f"""
 <domain type='kvm'>
   <name>{self.name}</name>
   <uuid>{self.uuid}</uuid>
   <metadata>{metadata}</metadata>
   <memory unit='MiB'>32</memory>
-  <vcpu>2</vcpu>
+  <vcpu current='2'>{max_vcpus}</vcpu>
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
     <loader readonly='yes' type='rom'>{self.host.rom}</loader>
@@ -103,7 +110,7 @@ class Vm:
   <devices>
     <emulator>{emulator or self.host.emulator}</emulator>
     <serial type='file'><source path='{self.serial}'/></serial>
-    <memballoon model='none'/>
+    <memballoon model='none'/>{devices}
     <controller type='usb' model='none'/>
   </devices>
 </domain>"""

@@ -74,6 +74,25 @@ def test_demand_of_an_element_is_overruled_by_an_assignment(
     assert hook.run("db1", "started", wrong) is None
 
 
+@pytest.mark.parametrize(
+    "wrong", [b"<memory unit='furlong'>1</memory>", b"<x " + b"y" * 99 + b"/>", b"<z/>" * 100_001]
+)
+def test_domain_that_cannot_be_matched_is_taken_for_one_that_may_be_meant(
+    hook: Hook, wrong: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever somebody gets into a domain's XML, it must not start such a VM unwatched.
+    unreadable = xml().replace(b"</uuid>", b"</uuid>" + wrong)
+    on(monkeypatch, assign("required"))
+    veto = hook.run("db1", "prepare", unreadable)
+    assert veto is not None
+    assert "requires introspection: XML of domain 'db1':1: " in veto
+    assert hook.run("db1", "reconnect", unreadable) is None
+    on(monkeypatch, assign("optional"))
+    assert hook.run("db1", "prepare", unreadable) is None
+    on(monkeypatch, HostPolicy())
+    assert hook.run("db1", "prepare", unreadable) is None
+
+
 def test_domain_that_no_assignment_fits_starts(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, assign("required"))
     other = xml().replace(b"db1", b"web1")

@@ -484,7 +484,11 @@ def call_main(argv: list[str], xml: bytes, tmp_path: Path) -> tuple[int, str, st
 def quiet_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hook_module, "StateDir", lambda: StateDir(tmp_path / "state"))
     monkeypatch.setattr(hooklog, "start", lambda: None)
-    monkeypatch.setattr(Hook.__init__, "__kwdefaults__", {"state": None, "run_dir": tmp_path})
+    monkeypatch.setattr(
+        Hook.__init__,
+        "__kwdefaults__",
+        {**(Hook.__init__.__kwdefaults__ or {}), "run_dir": tmp_path},
+    )
 
 
 @pytest.mark.usefixtures("quiet_main")
