@@ -10,7 +10,7 @@ import pytest
 
 from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS
 from kvmi_libvirt.cli import explain, main
-from kvmi_libvirt.cli.kernel import NO_KVMI
+from kvmi_libvirt.kernel import NO_KVMI
 from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE
 
