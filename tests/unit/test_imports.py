@@ -41,6 +41,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "datafiles": frozenset({"errors"}),
         "abi": BASE | {"abi"},
         "linux": BASE | {"abi"},
+        "kernel": BASE | {"abi"},
         "policy": POLICY,
         "policy.model": frozenset({"errors", "abi", "quoting"}),
         "plan": frozenset({"errors", "abi", "policy.model"}),
@@ -73,7 +74,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "agent.watch": frozenset(),
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING | {"", "introspect", "installer", "libvirtio", "cli"},
+        "cli": SERVING | {"", "introspect", "installer", "kernel", "libvirtio", "cli"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
