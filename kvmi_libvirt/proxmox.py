@@ -23,6 +23,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import hooklog
+from kvmi_libvirt.beforehand import require_possible
 from kvmi_libvirt.commandline import domain_of, is_incoming, is_started_paused
 from kvmi_libvirt.errors import (
     ExitCode,
@@ -115,13 +116,16 @@ class Hookscript:
             return f"warning: {error}; it will run without introspection"
         if policy is None:
             return "no introspection: neither an assignment nor a file is for it"
-        if policy.secret is not None:
-            try:
+        try:
+            require_possible(policy, str(self._places.kvm))
+            if policy.secret is not None:
                 read_secret(policy.secret)
-            except PolicyError as error:
-                return _tolerated(policy, error)
-        missing = _missing_tool(policy)
-        return _tolerated(policy, missing) if missing is not None else ""
+            _require_tool(policy)
+        except KvmiLibvirtError as error:
+            if policy.mode is Mode.REQUIRED:
+                raise
+            return f"warning: {error}"
+        return ""
 
     # -- after the start ---------------------------------------------------------------
 
@@ -276,21 +280,15 @@ def _has_ended(recorded: VmState) -> bool:
     return False
 
 
-def _tolerated(policy: Policy, error: KvmiLibvirtError) -> str:
-    if policy.mode is Mode.REQUIRED:
-        raise error
-    return f"warning: {error}"
-
-
-def _missing_tool(policy: Policy) -> KvmiLibvirtError | None:
+def _require_tool(policy: Policy) -> None:
     # Only what is certain: that nobody can be there. To connect would call the tool twice.
     if not isinstance(policy.source, UnixSource):
-        return None
+        return
     with contextlib.suppress(OSError):
         if stat.S_ISSOCK(os.stat(policy.source.path).st_mode):
-            return None
+            return
     where = policy.source.describe()
-    return HandshakeRefused(f"no tool listens on {where}: start the tool first")
+    raise HandshakeRefused(f"no tool listens on {where}: start the tool first")
 
 
 def parse_arguments(argv: list[str]) -> tuple[int, Phase]:

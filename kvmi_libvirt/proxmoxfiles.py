@@ -42,6 +42,7 @@ class Places:
         run          pidfiles and monitors
         configs      of the VMs on this node
         owner        whose the files of policy must be
+        kvm          the QEMU that machines run in
     """
 
     host_policy: tuple[Path, ...] = (HOST_POLICY_PATH, CLUSTER_DIR / "host-policy.xml")
@@ -49,6 +50,7 @@ class Places:
     run: Path = Path("/var/run/qemu-server")
     configs: Path = Path("/etc/pve/qemu-server")
     owner: int = ROOT
+    kvm: Path = Path("/usr/bin/kvm")
 
 
 class Files:

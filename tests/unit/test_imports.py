@@ -30,7 +30,9 @@ HOOK_PYTHON: Final = Path("/usr/bin/python3")
 BASE: Final = frozenset({"errors", "newtypes", "quoting"})
 POLICY: Final = BASE | {"abi", "policy", "datafiles"}
 TRACING: Final = BASE | {"abi", "linux", "qemu"}
-SERVING: Final = TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag"}
+SERVING: Final = (
+    TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag", "beforehand"}
+)
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -42,6 +44,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "abi": BASE | {"abi"},
         "linux": BASE | {"abi"},
         "kernel": BASE | {"abi"},
+        "beforehand": POLICY | {"kernel", "plan"},
         "policy": POLICY,
         "policy.model": frozenset({"errors", "abi", "quoting"}),
         "plan": frozenset({"errors", "abi", "policy.model"}),
