@@ -25,6 +25,10 @@ from live_support import BIN, NAMESPACE, allowed, cli, probe
 from support import wait_until
 
 from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED
+from kvmi_libvirt.errors import UnsupportedByKernel
+from kvmi_libvirt.kernel import running_abi
+from kvmi_libvirt.proxmox import Hookscript, Phase
+from kvmi_libvirt.proxmoxfiles import Places
 from kvmi_libvirt.qmp import Monitor
 
 if TYPE_CHECKING:
@@ -585,3 +589,17 @@ def run_state_at(path: Path) -> str:
 def execute_at(path: Path, command: str, **arguments: str) -> object:
     with Monitor(path, deadline=time.monotonic() + 30) as monitor:
         return monitor.execute(command, **arguments)
+
+
+@pytest.mark.skipif(running_abi()[0] is not None, reason="this machine's own kernel has KVMI")
+@pytest.mark.parametrize("mode", ["required", "optional"])
+def test_a_kernel_without_kvmi_is_told_before_the_start(machine: Machine, mode: str) -> None:
+    # /usr/bin/kvm is QEMU itself on Proxmox VE; a script, as here, may be anything.
+    cluster_file(f"{VMID}.xml", machine.element(mode))
+    places = Places(kvm=Path("/usr/bin/qemu-system-x86_64"))
+    called = Hookscript(VMID, places=places)
+    if mode == "required":
+        with pytest.raises(UnsupportedByKernel, match="has no KVM introspection"):
+            called.run(Phase.PRE_START)
+    else:
+        assert called.run(Phase.PRE_START).startswith("warning: the running kernel has no")

@@ -67,6 +67,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "proxmoxfiles": POLICY,
         "proxmox": SERVING | {"introspect", "hooklog", "commandline", "proxmoxfiles", "qmp"},
         "installer": frozenset({"errors", "datafiles"}),
+        "snippets": frozenset({"errors", "datafiles"}),
         "libvirtio": frozenset({"errors"}),
         "agent": SERVING | {"", "introspect", "hook", "libvirtio", "linux", "agent"},
         "agent.decide": frozenset({"policy.model", "state"}),
@@ -77,7 +78,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "agent.watch": frozenset(),
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING | {"", "introspect", "installer", "kernel", "libvirtio", "cli"},
+        "cli": SERVING | {"", "introspect", "installer", "snippets", "kernel", "libvirtio", "cli"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
