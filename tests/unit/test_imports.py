@@ -60,7 +60,8 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "hook": SERVING | {"introspect", "hooklog"},
         "installer": frozenset({"errors", "datafiles"}),
         "libvirtio": frozenset({"errors"}),
-        "agent": SERVING | {"", "introspect", "hook", "libvirtio", "linux", "agent"},
+        "agent": SERVING | {"", "introspect", "hook", "libvirtio", "linux", "agent", "agentclient"},
+        "agentclient": frozenset(),
         "agent.decide": frozenset({"policy.model", "state"}),
         "agent.frames": frozenset(),
         "agent.logs": frozenset(),
@@ -69,7 +70,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "agent.watch": frozenset(),
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING | {"", "introspect", "installer", "libvirtio", "cli"},
+        "cli": SERVING | {"", "introspect", "installer", "libvirtio", "cli", "agentclient"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
