@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.cli.target import state_dir
 from kvmi_libvirt.errors import ExitCode, StateError, TargetError, TargetNotFound
-from kvmi_libvirt.introspect import is_same_process, verified
+from kvmi_libvirt.introspect import interrupted, is_same_process, verified
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.qemu.process import Process
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from kvmi_libvirt.state import VmState
 
@@ -28,11 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> ExitCode:
     """Print what is recorded, checked against what can be seen now."""
     problems: list[StateError] = []
-    states = [verified(state) for state in state_dir().all(problems.append) if _runs(state)]
+    states = seen_states(problems.append)
     for problem in problems:
         print(f"kvmi-libvirt: {problem}", file=sys.stderr)
     _show(args, states)
     return ExitCode.FAILED if problems else ExitCode.OK
+
+
+def seen_states(damaged: Callable[[StateError], None]) -> list[VmState]:
+    """Return what is known of the VMs that run, checked against what can be seen now.
+
+    Also of those about which only the journal of an interrupted session tells.
+
+    Parameters
+        damaged  is told of files that are no record
+    """
+    state = state_dir()
+    states = [verified(found) for found in state.all(damaged) if _runs(found)]
+    recorded = {found.uuid for found in states}
+    for left in state.journals(damaged):
+        if left.uuid not in recorded and (found := interrupted(left, state)) is not None:
+            states.append(found)
+    return states
 
 
 def _show(args: argparse.Namespace, states: list[VmState]) -> None:
