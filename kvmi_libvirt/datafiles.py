@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the files that are no Python modules lie: schemas and the hook script.
+"""Where the files that are no Python modules lie: schemas, the hook script, configuration.
 
 In a checkout (or an editable install) they are beside the package; a wheel puts
 them below ``PREFIX/share/kvmi-libvirt``. Imports errors only.
@@ -29,3 +29,12 @@ def data_file(name: str) -> Path:
             return path
     looked = " or ".join(map(str, places))
     raise KvmiLibvirtError(f"installation is not complete: {name} is at neither {looked}")
+
+
+def data_files(directory: str, pattern: str = "*") -> list[Path]:
+    """Return the shipped files of *directory* that match *pattern*, by name; none is fine."""
+    for place in (_CHECKOUT / directory, _SHARED / directory):
+        found = sorted(path for path in place.glob(pattern) if path.is_file())
+        if found:
+            return found
+    return []

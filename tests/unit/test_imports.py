@@ -32,6 +32,7 @@ BASE: Final = frozenset({"errors", "newtypes", "quoting"})
 POLICY: Final = BASE | {"abi", "policy", "datafiles"}
 TRACING: Final = BASE | {"abi", "linux", "qemu"}
 SERVING: Final = TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag"}
+INSTALLING: Final = frozenset({"installer", "installation", "daemons"})
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -61,9 +62,12 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "introspect": SERVING,
         "hook": SERVING | {"introspect", "hooklog"},
         "installer": frozenset({"errors", "datafiles"}),
+        "installation": frozenset({"errors", "datafiles", "installer"}),
+        "bounded": frozenset(),
+        "daemons": BASE | {"state"},
         "libvirtio": frozenset({"errors"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING | {"", "introspect", "installer", "kernel", "libvirtio", "cli"},
+        "cli": SERVING | INSTALLING | {"", "introspect", "bounded", "kernel", "libvirtio", "cli"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
