@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvmi_libvirt import libvirtio
 from kvmi_libvirt.abi.revisions import REVISIONS, by_name, pinned
-from kvmi_libvirt.cli.kernel import NO_KVMI, running_abi
 from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.errors import ExitCode, StateError, UnsupportedByKernel
+from kvmi_libvirt.kernel import NO_KVMI, running_abi
 from kvmi_libvirt.plan import make_plan
 from kvmi_libvirt.policy.document import parse, read_file
 from kvmi_libvirt.policy.element import domain_of, parse_document

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS, by_name
-from kvmi_libvirt.cli.kernel import NO_KVMI
+from kvmi_libvirt.kernel import NO_KVMI
 from kvmi_libvirt.policy.model import NAMESPACE
 
 if TYPE_CHECKING:
