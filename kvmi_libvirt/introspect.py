@@ -750,3 +750,37 @@ def unhook_unrecorded(process: Process, uuid: str, *, state: StateDir) -> bool:
     with state.locked(uuid, deadline=time.monotonic() + _LOCK_S):
         process.require_traceable()
         return clean_up(process, uuid, process.vm_fds(allow_standin=True), state)
+
+
+def interrupted(left: st.Leftover, state: StateDir) -> VmState | None:
+    """Return what can be said of a VM of which only a journal tells, None when it has ended.
+
+    Its hook, and sockets in QEMU, may be left of a session that died.
+    """
+    uuid, journal = left.uuid, left.journal
+    try:
+        with Process(Pid(journal.pid)) as process:
+            if process.start_ticks != journal.start_ticks:
+                return None
+            name = process.guest_name() or uuid
+    except TargetError:
+        return None
+    is_at_work = state.is_locked(uuid)
+    return st.VmState(
+        domain=name,
+        uuid=uuid,
+        pid=journal.pid,
+        start_ticks=journal.start_ticks,
+        abi=None,
+        mode="unknown",
+        state=st.WAITING if is_at_work else st.FAILED,
+        source=None,
+        commands=(),
+        events=(),
+        since=left.since,
+        error="it is being hooked right now"
+        if is_at_work
+        else "a session with it was interrupted and may have left its hook in place; "
+        f"'kvmi-libvirt unhook {name}' takes that off",
+        socket_inode=0,
+    )

@@ -164,6 +164,22 @@ def set_metadata(
         return before
 
 
+def version(*, uri: str = DEFAULT_URI) -> str:
+    """Return libvirt's version there, as in "9.0.0"; a daemon that starts is waited for.
+
+    Raises
+        LibvirtError  libvirt is not there
+    """
+    with _connection(uri) as connection:
+        import libvirt
+
+        try:
+            number = int(connection.getLibVersion())
+        except libvirt.libvirtError as error:
+            raise LibvirtError(f"libvirt at {uri}: {error}") from error
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+
 def is_local(uri: str) -> bool:
     """Say whether the domains at *uri* are QEMU processes of this host."""
     parts = urllib.parse.urlsplit(uri)

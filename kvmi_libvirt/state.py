@@ -19,7 +19,7 @@ import time
 import uuid as uuid_module
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from kvmi_libvirt.errors import StateError
 
@@ -87,6 +87,14 @@ class Journal:
     sockets_before: tuple[int, ...]
     channel_inode: int
     request_unhook: int
+
+
+class Leftover(NamedTuple):
+    """A journal that is there: of a session at work, or of one that did not end."""
+
+    uuid: str
+    journal: Journal
+    since: str
 
 
 _Record = TypeVar("_Record", VmState, Journal)
@@ -195,6 +203,36 @@ class StateDir:
                 damaged(error)
         return sorted(states, key=lambda state: (state.domain, state.uuid))
 
+    def journals(self, damaged: Callable[[StateError], None]) -> list[Leftover]:
+        """Return what there is of journals; *damaged* is told of files that are none."""
+        found = []
+        for file in sorted(self.path.glob("*.journal")):
+            try:
+                journal = self.load_journal(file.stem)
+                written_at = file.stat().st_mtime
+            except StateError as error:
+                damaged(error)
+            except OSError:  # its session has just ended
+                pass
+            else:
+                if journal is not None:
+                    found.append(Leftover(file.stem, journal, _text_of(written_at)))
+        return found
+
+    def is_locked(self, uuid: str) -> bool:
+        """Say whether a session is at work on the VM now."""
+        try:
+            fd = os.open(self._file(uuid, "lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
     def _load(self, path: Path, kind: type[_Record]) -> _Record | None:
         try:
             # O_NONBLOCK: whatever lies there, opening it must not wait.
@@ -275,4 +313,8 @@ def _fits(item: object, annotation: str) -> bool:
 
 def now_text() -> str:
     """Return the time as RFC 3339 in UTC, for ``since``."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return _text_of(time.time())
+
+
+def _text_of(epoch_s: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch_s))

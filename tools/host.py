@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt import installer
+from kvmi_libvirt import daemons, installer
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.state import STATE_DIR, StateDir
 
@@ -195,9 +195,10 @@ def reload_libvirtd() -> None:
         script.chmod(0o755)
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            if not installer.reload_daemons():
+            if not daemons.reload_daemons():
                 raise HostError("no libvirt daemon to reload")
             wait_for(lambda: _has_data(reader), what="libvirtd reloads")
+            daemons.remember(daemons.running_daemons())
         finally:
             os.close(reader)
             script.unlink()
@@ -225,6 +226,7 @@ def hook_installed() -> Iterator[Path]:
     finally:
         if before is None:
             installer.uninstall_hook()
+            daemons.forget()
         else:
             path.write_bytes(before)
         if made_dir:

@@ -24,8 +24,9 @@ from kvmi_libvirt.agent.metrics import Metrics
 from kvmi_libvirt.agent.notify import Notifier
 from kvmi_libvirt.agent.pool import Pool
 from kvmi_libvirt.agent.scrape import Scrape
-from kvmi_libvirt.agent.server import VERSION, Server
+from kvmi_libvirt.agent.server import Server
 from kvmi_libvirt.agent.watch import Watcher
+from kvmi_libvirt.agentclient import VERSION
 from kvmi_libvirt.errors import KvmiLibvirtError
 
 if TYPE_CHECKING:

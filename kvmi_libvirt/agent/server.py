@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvmi_libvirt.agent.domains import identity
 from kvmi_libvirt.agent.tracing import reach
+from kvmi_libvirt.agentclient import VERSION
 from kvmi_libvirt.errors import KvmiLibvirtError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION: Final = 1
 OPERATIONS: Final = frozenset(
     {"prepare", "started", "stopped", "release", "migrate", "restore", "reconnect"}
 )

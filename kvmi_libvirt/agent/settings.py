@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kvmi_libvirt.agentclient import SOCKET_NAME
 from kvmi_libvirt.errors import PolicyValueError, UsageError
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.policy.trusted import read_trusted
@@ -54,7 +55,7 @@ class Settings:
     @property
     def socket_path(self) -> Path:
         """Return where the hook finds the agent."""
-        return self.state_dir / "agent.sock"
+        return self.state_dir / SOCKET_NAME
 
 
 def load_settings(path: Path | None = None) -> Settings:

@@ -72,13 +72,13 @@ def parse_domain(xml: bytes, *, source: str, with_policy: bool = True) -> Domain
             f"root element is {tag_of(root)}, not <domain>", source=source, line=line_of(root)
         )
     return Domain(
-        name=domain.findtext("name") or "",
+        name=facts.name(domain, source),
         uuid=facts.uuid(domain, source),
         vcpus=facts.vcpus(domain, source),
         memory_bytes=facts.memory_bytes(domain, source),
         machine=facts.machine(domain),
         policy=_policy_of(domain, source) if with_policy else None,
-        nova=facts.nova_facts(domain),
+        nova=facts.nova_facts(domain, source),
         emulator=facts.emulator(domain),
         origin=source,
     )

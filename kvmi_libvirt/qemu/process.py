@@ -190,6 +190,17 @@ class Process:
             pid=self.pid,
         )
 
+    def guest_name(self) -> str | None:
+        """Return the name QEMU was given with ``-name``, None when there is none."""
+        for option, value in itertools.pairwise(self.command_line()):
+            if option == "-name":
+                # As QEMU does: a doubled comma is one of the value.
+                fields = value.replace(",,", "\0").split(",")
+                named = [field for field in fields if field.startswith("guest=")]
+                name = named[0].removeprefix("guest=") if named else fields[0]
+                return name.replace("\0", ",")
+        return None
+
     def _open_entry(self, name: str, flags: int = 0) -> int:
         # A new descriptor of /proc/PID/name, which only a tracer's rights can open.
         try:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parents[2]
 PACKAGE: Final = "kvmi_libvirt"
 HOOK: Final = ROOT / "hooks" / "qemu.d" / "50-kvmi-libvirt"
+HOST_POLICY_SKELETON: Final = ROOT / "packaging" / "config" / "host-policy.xml"
 HOOK_PYTHON: Final = Path("/usr/bin/python3")
 
 BASE: Final = frozenset({"errors", "newtypes", "quoting"})
@@ -33,6 +34,7 @@ TRACING: Final = BASE | {"abi", "linux", "qemu"}
 SERVING: Final = (
     TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag", "beforehand"}
 )
+INSTALLING: Final = frozenset({"installer", "installation", "daemons", "snippets"})
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -68,8 +70,12 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "proxmox": SERVING | {"introspect", "hooklog", "commandline", "proxmoxfiles", "qmp"},
         "installer": frozenset({"errors", "datafiles"}),
         "snippets": frozenset({"errors", "datafiles"}),
+        "installation": frozenset({"errors", "datafiles", "installer"}),
+        "bounded": frozenset(),
+        "daemons": BASE | {"state"},
         "libvirtio": frozenset({"errors"}),
-        "agent": SERVING | {"", "introspect", "hook", "libvirtio", "linux", "agent"},
+        "agent": SERVING | {"", "introspect", "hook", "libvirtio", "linux", "agent", "agentclient"},
+        "agentclient": frozenset(),
         "agent.decide": frozenset({"policy.model", "state"}),
         "agent.frames": frozenset(),
         "agent.logs": frozenset(),
@@ -78,7 +84,9 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "agent.watch": frozenset(),
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING | {"", "introspect", "installer", "snippets", "kernel", "libvirtio", "cli"},
+        "cli": SERVING
+        | INSTALLING
+        | {"", "introspect", "bounded", "kernel", "libvirtio", "cli", "agentclient"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
@@ -353,11 +361,16 @@ def _imported(script: Path, *arguments: str, stdin: bytes) -> set[str]:
 
 @pytest.mark.skipif(not HOOK_PYTHON.exists(), reason=f"no {HOOK_PYTHON}")
 @pytest.mark.parametrize("operation", ["prepare", "started", "stopped", "release", "reconnect"])
-def test_a_domain_without_element_costs_no_import(tmp_path: Path, operation: str) -> None:
-    # A host policy of this machine would concern every domain: look where there is none.
+@pytest.mark.parametrize("policy", ["none", "skeleton"])
+def test_a_domain_without_element_costs_no_import(
+    tmp_path: Path, operation: str, policy: str
+) -> None:
+    # This machine's host policy may concern every domain: look at none, or at the one
+    # that "install" puts there.
+    place = tmp_path / "none" if policy == "none" else HOST_POLICY_SKELETON
     script = tmp_path / "hook"
     text = HOOK.read_text(encoding="utf-8")
-    text = text.replace('"/etc/kvmi-libvirt/host-policy.xml"', repr(str(tmp_path / "none")))
+    text = text.replace('"/etc/kvmi-libvirt/host-policy.xml"', repr(str(place)))
     script.write_text(text, encoding="utf-8")
     empty = tmp_path / "empty"
     empty.write_text("import posix, sys\n", encoding="utf-8")

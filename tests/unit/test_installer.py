@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -15,21 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from support import wait_until
 
-from kvmi_libvirt import installer
-from kvmi_libvirt.cli import main
 from kvmi_libvirt.errors import KvmiLibvirtError
 from kvmi_libvirt.installer import (
     HOOK_DIR,
     HOOK_NAME,
-    HOOKSCRIPT_NAME,
     hook_text,
     install_hook,
-    install_hookscript,
-    reload_daemons,
     uninstall_hook,
-    uninstall_hookscript,
 )
 
 if TYPE_CHECKING:
@@ -160,6 +151,7 @@ def test_an_installation_that_fails_leaves_qemu_d_as_it_was(hook_dir: Path) -> N
 
     assert names(hook_dir) == [HOOK_NAME]
     assert (hook_dir / HOOK_NAME).read_bytes() == hook_text("/old/python3")
+    assert names(hook_dir.parent) == ["qemu.d"]
     # And trying again is all that is needed.
     assert install_hook(hook_dir=hook_dir, python=PYTHON) is True
     assert names(hook_dir.parent) == ["qemu.d"]
@@ -204,106 +196,3 @@ def test_what_is_installed_runs(hook_dir: Path) -> None:
     )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-
-
-# -- reloading ---------------------------------------------------------------------------
-
-
-def daemon(tmp_path: Path, name: str) -> subprocess.Popen[bytes]:
-    """Start a process that the kernel knows as *name*."""
-    program = tmp_path / name
-    shutil.copy(Path("/bin/sleep").resolve(), program)
-    process = subprocess.Popen([program, "60"])
-    comm = Path(f"/proc/{process.pid}/comm")
-    wait_until(lambda: comm.read_text(encoding="ascii").strip() == name, what="it was executed")
-    return process
-
-
-def pidfile(tmp_path: Path, name: str, text: str, patch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run" / f"{name}.pid"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="ascii")
-    patch.setattr(installer, "_DAEMON_PIDFILES", (path,))
-
-
-def test_a_running_daemon_is_told_to_look_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with daemon(tmp_path, "virtqemud") as process:
-        pidfile(tmp_path, "virtqemud", f"{process.pid}\n", monkeypatch)
-        try:
-            assert reload_daemons() == ["virtqemud"]
-            assert process.wait(timeout=10) == -signal.SIGHUP
-        finally:
-            process.kill()
-
-
-def test_a_pidfile_that_names_another_process_is_not_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with daemon(tmp_path, "innocent") as process:
-        pidfile(tmp_path, "libvirtd", f"{process.pid}\n", monkeypatch)
-        try:
-            assert reload_daemons() == []
-            assert process.poll() is None
-        finally:
-            process.kill()
-
-
-@pytest.mark.parametrize("text", ["", "x", "-1", "0", "1.5", "999999999"])
-def test_a_pidfile_without_a_process_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    pidfile(tmp_path, "libvirtd", text, monkeypatch)
-
-    assert reload_daemons() == []
-
-
-def test_no_daemon_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installer, "_DAEMON_PIDFILES", (tmp_path / "libvirtd.pid",))
-
-    assert reload_daemons() == []
-
-
-# -- Proxmox VE's hookscript -------------------------------------------------------------
-
-
-def test_the_hookscript_is_installed_once_and_removed(tmp_path: Path) -> None:
-    assert install_hookscript(tmp_path, python=PYTHON)
-    path = tmp_path / HOOKSCRIPT_NAME
-    assert stat.S_IMODE(path.stat().st_mode) == 0o755
-    assert f'\nPYTHON = "{PYTHON}"\n' in path.read_text(encoding="utf-8")
-    assert names(tmp_path) == [HOOKSCRIPT_NAME]
-
-    assert not install_hookscript(tmp_path, python=PYTHON)
-    assert uninstall_hookscript(tmp_path)
-    assert not uninstall_hookscript(tmp_path)
-    assert names(tmp_path) == []
-
-
-def test_a_hookscript_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / HOOKSCRIPT_NAME).write_text("#!/bin/sh\n", encoding="utf-8")
-
-    for change in (install_hookscript, uninstall_hookscript):
-        with pytest.raises(KvmiLibvirtError, match="is not ours"):
-            change(tmp_path)
-    assert (tmp_path / HOOKSCRIPT_NAME).read_text(encoding="utf-8") == "#!/bin/sh\n"
-
-
-def test_snippets_that_are_not_there_are_not_made(tmp_path: Path) -> None:
-    with pytest.raises(KvmiLibvirtError, match="is no directory"):
-        install_hookscript(tmp_path / "snippets")
-    assert names(tmp_path) == []
-
-
-def test_the_verbs_say_what_is_left_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for verb, told in (
-        ("install", "qm set VMID --hookscript"),
-        ("uninstall", "--delete hookscript"),
-    ):
-        assert main([verb, "--proxmox", str(tmp_path), "--dry-run"]) == 0
-        assert capsys.readouterr().out.startswith("would ")
-        assert main([verb, "--proxmox", str(tmp_path)]) == 0
-        assert told in capsys.readouterr().out
