@@ -53,6 +53,16 @@ COMMANDS = {"KVMI_VM_GET_INFO", "KVMI_VM_READ_PHYSICAL"}
 VMID = 9100
 
 
+def hookscript(vmid: int, phase: str) -> list[str | Path]:
+    """Return the command that Proxmox VE runs.
+
+    Before the start the hookscript asks the kernel itself: that has to be the emulated
+    one as well, which QEMU will run on.
+    """
+    emulated = (BIN / "kvmi-libvirt", "emulate", "--") if phase == "pre-start" else ()
+    return [*emulated, SCRIPT, str(vmid), phase]
+
+
 @dataclass
 class Machine:
     """One VM of the node."""
@@ -84,7 +94,7 @@ class Machine:
     def hook(self, phase: str) -> subprocess.CompletedProcess[str]:
         """Run the hookscript as exec_hookscript() does; its output is the task log."""
         return subprocess.run(
-            [SCRIPT, str(self.vmid), phase],
+            hookscript(self.vmid, phase),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -538,7 +548,7 @@ def test_a_vm_that_arrives_is_hooked_before_its_memory_comes(
     environment = ("env", f"KVMI_QEMU={machine.kvm}", "PVE_MIGRATED_FROM=first")
 
     def hook(phase: str) -> subprocess.CompletedProcess[str]:
-        return second_host.run(*environment, SCRIPT, str(VMID), phase)
+        return second_host.run(*environment, *hookscript(VMID, phase))
 
     with probe(machine.socket) as tool, contextlib.ExitStack() as stack:
         machine.start_qemu()
