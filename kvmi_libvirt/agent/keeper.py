@@ -17,7 +17,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt import introspect
+from kvmi_libvirt import early, introspect
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent.decide import Backoff, Step
 from kvmi_libvirt.agent.tracing import reach
@@ -47,6 +47,7 @@ TOOL_LEFT: Final = "the tool has closed its channel"
 
 _FLAP_S: Final = 10.0
 _FLAP_BACKOFF: Final = Backoff(first_s=1.0, last_s=60.0)
+EARLY_S: Final = early.APPEAR_S + early.READY_S + JOB_S
 _CHANNEL_PREFIX: Final = "channel-"
 
 
@@ -375,11 +376,11 @@ class Keeper:
             return
         fd = outcome.channel if outcome.channel is not None else self._kept_channel(vm)
         if fd is not None:
-            outcome.channel = None
+            is_new, outcome.channel = outcome.channel is not None, None
             self._unwatch_channel(vm)
             self._notifier.keep(_CHANNEL_PREFIX + vm.uuid, fd)
             vm.channel = fd
-            if outcome.stall_us:
+            if is_new:
                 vm.came_s = asyncio.get_running_loop().time()
             self._watcher.watch_channel(fd, lambda: self._channel_ended(vm))
         elif vm.channel is None:
@@ -563,7 +564,18 @@ class Keeper:
             elif operation in ("stopped", "release"):
                 vm.record = None
                 self._forget(vm)
+        if outcome.early:
+            self._spawn(self._watch_start(vm, xml))
         return outcome.veto
+
+    async def _watch_start(self, vm: Vm, xml: bytes) -> None:
+        outcome = await self._pool.run("early", vm.argument(), xml, timeout_s=EARLY_S, urgent=True)
+        if outcome.record is None or outcome.channel is None:
+            self._close_channel(outcome)
+            if outcome.error is not None:
+                logger.warning("domain %s: %s", vm.name, outcome.error, extra=_fields(vm))
+            return
+        self.take(self._vms.setdefault(vm.uuid, vm), outcome)
 
     def _later(self, vm: Vm) -> None:
         # After the hook's answer: libvirt holds the domain until then.
