@@ -164,17 +164,17 @@ def test_only_a_source_and_a_match_are_compulsory() -> None:
         (
             SOURCE,
             ' mod="required"',
-            'unknown attribute "mod" on <introspection>; allowed: mode, profile',
+            'unknown attribute "mod" on <introspection>; allowed: mode, profile, early',
         ),
         (
             SOURCE,
             ' xml:lang="en"',
-            'unknown attribute "xml:lang" on <introspection>; allowed: mode, profile',
+            'unknown attribute "xml:lang" on <introspection>; allowed: mode, profile, early',
         ),
         (
             SOURCE,
             ' xmlns:f="u" f:mode="required"',
-            'unknown attribute "f:mode" on <introspection>; allowed: mode, profile',
+            'unknown attribute "f:mode" on <introspection>; allowed: mode, profile, early',
         ),
         (
             '<sours type="unix" path="/x"/>',
