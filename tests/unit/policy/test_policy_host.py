@@ -399,11 +399,12 @@ def test_wrong_file_is_never_passed_over(tmp_path: Path, text: str) -> None:
 
 @given(st.binary() | strategies.near_elements(strategies.ROOTS[1:]).map(str.encode))
 @settings(deadline=None, max_examples=200)
-def test_arbitrary_bytes_give_a_host_policy_or_a_policy_error(data: bytes) -> None:
-    told = "some file"
+def test_arbitrary_bytes_give_a_host_policy_or_an_error_with_a_line(data: bytes) -> None:
+    error: PolicyError | None = None
     try:
         assert isinstance(parse_host_policy(data, source="some file"), HostPolicy)
-    except PolicyError as error:
-        told = str(error)
-    assert told.startswith("some file")
-    assert told.isprintable()
+    except PolicyError as caught:
+        error = caught
+    if error is not None:
+        assert str(error).startswith(f"some file:{error.line or 0}: ")
+        assert str(error).isprintable()
