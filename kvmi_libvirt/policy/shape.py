@@ -123,7 +123,9 @@ def _attribute_findings(element: etree._Element, shape: Shape) -> Iterator[Findi
             yield _finding(element, _unknown_attribute(element, name, attributes))
         elif not known.pattern.fullmatch(value):
             strangers = True
-            write = _instead(element, value) or known.write
+            write = known.write
+            if name in ("name", "group"):
+                write = _instead(element, value) or write
             text = f"{name}={_shown(element, value)} on {tag} is not possible; write {write}"
             yield _finding(element, text)
     if not strangers:
