@@ -150,6 +150,7 @@ def test_running_vm_follows_what_its_host_comes_to_allow(vm: Vm, etc: Etc) -> No
         etc.policy(ceiling.format("trim") + assign(vm, profile="debug"))
         result = cli("apply", vm.name)
         assert result.returncode == 0, result.stderr
+        assert WRITE in result.stderr.partition("above this host's ceiling, not granted: ")[2]
         assert in_force(vm) <= members("memory-read")
         assert READ in in_force(vm)
         # By hand, too, nothing comes above it.
