@@ -366,6 +366,10 @@ def probe_revision(process: Process, fds: VmFds, *, pin: str | None = None) -> K
 
 
 def _tell_what_is_left_out(name: str, policy: Policy, abi: KvmiAbi) -> None:
+    cut = policy.commands.cut | policy.events.cut
+    if cut:
+        text = ", ".join(sorted(cut))
+        logger.warning("domain %s: above this host's ceiling, not granted: %s", name, text)
     commands, events = left_out(policy, abi)
     if commands or events:
         names = ", ".join(sorted(commands | events))
