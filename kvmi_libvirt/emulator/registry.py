@@ -207,7 +207,9 @@ class Registry:
         if vm is not None:
             return vm
         with _copy(process, tid, fd) as copy:
-            return self._add(copy, owner=self._creator_of(copy, process, tid))
+            vm = self._add(copy, owner=self._creator_of(copy, process, tid))
+        self._found(vm, tid, fd)
+        return vm
 
     def _found(self, vm: Vm, tid: Tid, fd: RemoteFd) -> None:
         # The next call is likely to come the same way. Main threads only: their number
@@ -218,9 +220,13 @@ class Registry:
         before = self._last.pop((tid, fd), None)
         if before is not None:
             before.places.pop((tid, fd)).close()
-        if len(vm.places) < _PLACES:
+        if len(vm.places) >= _PLACES:
+            return
+        try:
             vm.places[tid, fd] = Place(process.pid, fd)
-            self._last[tid, fd] = vm
+        except OSError:  # closed meanwhile
+            return
+        self._last[tid, fd] = vm
 
     def _settle(self, creator: Process) -> None:
         for fd in creator.vm_fds():
