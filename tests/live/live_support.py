@@ -86,15 +86,21 @@ class Vm:
             [*VIRSH, *arguments], capture_output=True, text=True, timeout=60, check=False
         )
 
-    def define(self, metadata: str = "", *, emulator: Path | str | None = None) -> None:
-        """Define the domain with *metadata*."""
+    def define(
+        self,
+        metadata: str = "",
+        *,
+        emulator: Path | str | None = None,
+        spare_vcpus: int = 0,
+    ) -> None:
+        """Define the domain with *metadata*; *spare_vcpus* can be added while it runs."""
         xml = f"""
 <domain type='kvm'>
   <name>{self.name}</name>
   <uuid>{self.uuid}</uuid>
   <metadata>{metadata}</metadata>
   <memory unit='MiB'>32</memory>
-  <vcpu>2</vcpu>
+  <vcpu current='2'>{2 + spare_vcpus}</vcpu>
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
     <loader readonly='yes' type='rom'>{self.host.rom}</loader>

@@ -33,6 +33,7 @@ POLICY: Final = BASE | {"abi", "policy", "datafiles"}
 TRACING: Final = BASE | {"abi", "linux", "qemu"}
 SERVING: Final = TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag"}
 INSTALLING: Final = frozenset({"installer", "installation", "daemons"})
+DOCTORING: Final = SERVING | INSTALLING | {"introspect", "bounded", "kernel", "hooklog", "doctor"}
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -67,7 +68,8 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "daemons": BASE | {"state"},
         "libvirtio": frozenset({"errors"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING | INSTALLING | {"", "introspect", "bounded", "kernel", "libvirtio", "cli"},
+        "doctor": DOCTORING | {"", "libvirtio"},
+        "cli": DOCTORING | {"", "libvirtio", "cli"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
@@ -79,6 +81,8 @@ The longest row that covers a module counts.
 PURE: Final = (
     *("abi", "policy.model", "plan", "tool.handshake", "tool.wire"),
     *("emulator.kernel", "emulator.protocol", "emulator.filter"),
+    *("doctor.report", "doctor.facts", "doctor.check_hook", "doctor.check_host"),
+    *("doctor.check_files", "doctor.check_vm"),
 )
 PURE_STDLIB: Final = frozenset(
     {
