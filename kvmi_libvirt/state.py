@@ -46,6 +46,10 @@ class VmState:
     always allowed. ``start_ticks`` (clock ticks after boot) makes ``pid`` unique.
     ``socket_inode`` is the channel's, 0 when there is none. ``all_ids`` holds
     "commands" and "events" where all ids were granted, those without a name too.
+    ``policy`` is the digest of the policy last acted upon, ``adjusted`` what was
+    allowed and denied by hand since, ``secret`` the name of the one the tool proved
+    to know, ``vcpus`` how many vCPUs there were at the hook (0: not known),
+    ``unhook_s`` how many seconds a tool gets that is asked to let go.
     """
 
     domain: str
@@ -62,6 +66,11 @@ class VmState:
     error: str | None
     socket_inode: int
     all_ids: tuple[str, ...] = ()
+    policy: str = ""
+    adjusted: tuple[str, ...] = ()
+    secret: str | None = None
+    vcpus: int = 0
+    unhook_s: int = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,9 +178,27 @@ class StateDir:
         """Forget the journal: nothing is left behind in QEMU."""
         self._file(uuid, "journal").unlink(missing_ok=True)
 
+    def mark_start(self, uuid: str) -> None:
+        """Note that a start is watched for hooking it early; :meth:`end_start` ends that."""
+        self._make()
+        path = self._file(uuid, "early")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            os.close(os.open(path, flags, 0o600))
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error.strerror}") from error
+
+    def is_start_marked(self, uuid: str) -> bool:
+        """Say whether the watched start is still under way."""
+        return self._file(uuid, "early").exists()
+
+    def end_start(self, uuid: str) -> None:
+        """Let whoever watches the start know that it is over; none is fine."""
+        self._file(uuid, "early").unlink(missing_ok=True)
+
     def remove(self, uuid: str) -> None:
         """Forget everything about a VM that has ended. Hold the lock, if anyone may want it."""
-        for suffix in ("json", "journal", "lock"):
+        for suffix in ("early", "json", "journal", "lock"):
             self._file(uuid, suffix).unlink(missing_ok=True)
 
     def all(self, damaged: Callable[[StateError], None] | None = None) -> list[VmState]:
@@ -237,7 +264,7 @@ class StateDir:
         except OSError as error:
             raise StateError(f"cannot read {path}: {error.strerror}") from error
         try:
-            return _decode(json.loads(raw), kind)
+            return decode(json.loads(raw), kind)
         except (ValueError, TypeError, RecursionError) as error:
             raise StateError(f"{path} is damaged ({error}); remove it") from error
 
@@ -264,7 +291,12 @@ def _is_same_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _decode(value: object, kind: type[_Record]) -> _Record:
+def decode(value: object, kind: type[_Record]) -> _Record:
+    """Return the record of which *value* are the fields, as JSON has them.
+
+    Raises
+        ValueError, TypeError  it is none.
+    """
     if not isinstance(value, dict):
         raise TypeError("not an object")
     fields = {}

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> ExitCode:
             tell(change, below(args.root, item.path), args)
         if change is Change.MADE and item.kind is Kind.OURS:
             made.add(item.path.name)
-    if AGENT_UNIT in made:
+    if AGENT_UNIT in made and not args.dry_run:
         print(f"to start the agent: systemctl daemon-reload; systemctl enable --now {AGENT_UNIT}")
     if not is_here:
         return ExitCode.OK

@@ -58,6 +58,13 @@ def check_config(config: ConfigFacts) -> Iterator[Line]:
     else:
         yield secrets.passed(_count(config.secrets, "secret"))
 
+    if config.agent_problem is not None:
+        yield Check("agent-conf", "the agent's configuration").fail(
+            f"no agent starts with it: {config.agent_problem}",
+            "correct it, then: kvmi-libvirt agent --check-config",
+            code=ExitCode.FAILED,
+        )
+
 
 def _first(problems: tuple[str, ...]) -> tuple[str, str | None]:
     more = len(problems) - 1

@@ -142,12 +142,6 @@ def _process(vm: VmFacts) -> Iterator[Line]:
         yield able.fail(process.problem)
     elif process.vcpus is not None and process.vcpus < vm.vcpus:
         yield able.warn(f"only {process.vcpus} of its {vm.vcpus} vCPUs exist yet", "try again")
-    elif process.late_vcpus:
-        yield able.warn(
-            f"{process.late_vcpus} of its vCPUs were added after it was hooked and are not "
-            "watched; a kernel with the original KVMI patches can crash when the tool leaves",
-            "shut the VM down, or keep the tool running",
-        )
     else:
         yield able.passed(f"one VM, {process.vcpus} vCPUs")
 

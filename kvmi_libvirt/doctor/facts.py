@@ -174,7 +174,7 @@ class SecurityFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigFacts:
-    """Schemas, the host's policy, profiles and secrets: what is wrong with each."""
+    """Schemas, the host's policy, profiles, secrets, agent.conf: what is wrong with each."""
 
     schema_problem: str | None = None
     has_host_policy: bool = False
@@ -184,6 +184,7 @@ class ConfigFacts:
     profile_problems: tuple[str, ...] = ()
     secret_problems: tuple[str, ...] = ()
     secrets: int = 0
+    agent_problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +298,6 @@ class ProcessFacts:
         pidfile_problem why it does not lead to the QEMU
         problem         why the process cannot be hooked
         vcpus           how many it has; None where that cannot be seen
-        late_vcpus      how many were made after the VM was hooked
         supervisor      process id of the KVMI emulator's supervisor, None: it has none
     """
 
@@ -306,7 +306,6 @@ class ProcessFacts:
     pidfile_problem: str | None = None
     problem: str | None = None
     vcpus: int | None = None
-    late_vcpus: int = 0
     supervisor: int | None = None
 
 

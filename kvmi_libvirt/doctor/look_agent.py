@@ -10,16 +10,17 @@ import time
 from pathlib import Path
 from typing import Final
 
+from kvmi_libvirt.agentclient import SOCKET_NAME, VERSION
 from kvmi_libvirt.doctor.facts import AgentFacts
 from kvmi_libvirt.doctor.look_kernel import access_of
 from kvmi_libvirt.installation import AGENT_UNIT
 from kvmi_libvirt.state import STATE_DIR
 
-AGENT_SOCKET: Final = STATE_DIR / "agent.sock"
+AGENT_SOCKET: Final = STATE_DIR / SOCKET_NAME
 
 _TIMEOUT_S: Final = 3.0
 _MAX_ANSWER_LEN: Final = 1 << 16
-_PING: Final = {"version": 1, "op": "ping"}
+_PING: Final = {"version": VERSION, "op": "ping"}
 _UNITS: Final = Path("/etc/systemd/system")
 _ucred: Final = struct.Struct("=iII")
 
@@ -63,6 +64,6 @@ def _ping(path: Path, deadline: float) -> int:
             if len(answer) > _MAX_ANSWER_LEN:
                 raise ValueError("the answer is too long")
     told = json.loads(answer.split(b"\n", 1)[0])
-    if not isinstance(told, dict) or told.get("ok") is not True:
+    if not isinstance(told, dict) or not told.get("ok") or told.get("version") != VERSION:
         raise ValueError("it does not answer a ping as an agent of this version does")
     return int(told.get("pid", peer))

@@ -6,10 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from kvmi_libvirt.agent.settings import CONFIG_PATH, load_settings
 from kvmi_libvirt.doctor.facts import ConfigFacts, StateFacts
 from kvmi_libvirt.doctor.look_kernel import access_of
 from kvmi_libvirt.errors import KvmiLibvirtError, PolicyError, StateError
-from kvmi_libvirt.introspect import interrupted, verified
+from kvmi_libvirt.introspect import interrupted, look_at
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH, load_host_policy
 from kvmi_libvirt.policy.profile import PROFILES_DIRECTORY, Profiles
 from kvmi_libvirt.policy.secret import SECRETS_DIRECTORY, read_secret
@@ -24,6 +25,7 @@ def look_at_config(
     host_policy: Path = HOST_POLICY_PATH,
     profiles: Path = PROFILES_DIRECTORY,
     secrets: Path = SECRETS_DIRECTORY,
+    agent_conf: Path = CONFIG_PATH,
     owner: int = 0,
 ) -> ConfigFacts:
     """Read everything an administrator may have written, as the hook would.
@@ -56,7 +58,18 @@ def look_at_config(
         profile_problems=() if schema_problem else tuple(_profile_problems(profiles, owner)),
         secret_problems=tuple(_secret_problems(secrets, secret_names, owner)),
         secrets=len(secret_names),
+        agent_problem=_agent_problem(agent_conf),
     )
+
+
+def _agent_problem(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    try:
+        load_settings(path)
+    except KvmiLibvirtError as error:
+        return str(error)
+    return None
 
 
 def _names(directory: Path) -> list[str]:
@@ -102,7 +115,7 @@ def look_at_state(state: StateDir) -> StateFacts:
         return StateFacts()
     damaged: list[StateError] = []
     try:
-        records = [verified(record) for record in state.all(damaged.append)]
+        records = [seen for found in state.all(damaged.append) if (seen := look_at(found))]
         journals = [interrupted(left, state) for left in state.journals(damaged.append)]
     except (KvmiLibvirtError, OSError) as error:
         return StateFacts(access=access, problem=str(error))

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _MAX_CMDLINE_LEN: Final = 1 << 20
 _SUPERVISOR: Final = re.compile(rb"kvmi-emulator for process (\d+)")
-_VCPU_THREAD: Final = re.compile(r"CPU \d+/KVM\n")
 
 
 class Processes:
@@ -44,19 +43,9 @@ class Processes:
         return None
 
     def look_at(
-        self,
-        name: str,
-        uuid: str,
-        *,
-        is_active: bool,
-        hooked_at_ticks: int | None,
-        run_dir: Path = LIBVIRT_QEMU_RUN_DIR,
+        self, name: str, uuid: str, *, is_active: bool, run_dir: Path = LIBVIRT_QEMU_RUN_DIR
     ) -> ProcessFacts:
-        """Find out about the QEMU of a domain.
-
-        Parameters
-            hooked_at_ticks  when it was hooked, in clock ticks after boot
-        """
+        """Find out about the QEMU of a domain."""
         pidfile = str(run_dir / f"{name}.pid")
         if not is_active:
             return ProcessFacts(
@@ -75,7 +64,7 @@ class Processes:
             except TargetError:
                 return ProcessFacts(pidfile=pidfile, pidfile_problem=problem)
         with process:
-            return self._facts(process, pidfile, problem, hooked_at_ticks)
+            return self._facts(process, pidfile, problem)
 
     def _leftover(self, name: str, uuid: str, pidfile: str, run_dir: Path) -> str | None:
         if not os.path.lexists(pidfile):
@@ -90,28 +79,19 @@ class Processes:
             return f"{pidfile} names process {pid}, which does not exist"
         return f"{pidfile} names process {pid}, which is not the domain's QEMU"
 
-    def _facts(
-        self,
-        process: Process,
-        pidfile: str,
-        pidfile_problem: str | None,
-        hooked_at_ticks: int | None,
-    ) -> ProcessFacts:
-        vcpus, problem, late = None, None, 0
+    def _facts(self, process: Process, pidfile: str, pidfile_problem: str | None) -> ProcessFacts:
+        vcpus, problem = None, None
         try:
             vcpus = process.vm_fds(allow_standin=True).vcpu_count
             process.require_traceable()
         except (KvmiLibvirtError, OSError) as error:
             problem = str(error)
-        if hooked_at_ticks is not None:
-            late = sum(ticks > hooked_at_ticks for ticks in _vcpu_starts(process.pid))
         return ProcessFacts(
             pid=process.pid,
             pidfile=pidfile,
             pidfile_problem=pidfile_problem,
             problem=problem,
             vcpus=vcpus,
-            late_vcpus=late,
             supervisor=self.supervisor_of(process.pid),
         )
 
@@ -121,13 +101,3 @@ def _command_lines() -> Iterator[tuple[int, bytes]]:
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
                 yield int(name), file.read(_MAX_CMDLINE_LEN)
-
-
-def _vcpu_starts(pid: int) -> Iterator[int]:
-    # libvirt has QEMU name its threads; a vCPU's is made when the vCPU is.
-    with contextlib.suppress(OSError, ValueError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if _VCPU_THREAD.fullmatch((task / "comm").read_text(encoding="utf-8")):
-                    stat = (task / "stat").read_bytes()
-                    yield int(stat[stat.rindex(b")") + 2 :].split()[19])

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import calendar
 import os
 import stat
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,7 +15,7 @@ from kvmi_libvirt.doctor.facts import RecordFacts, VmFacts
 from kvmi_libvirt.doctor.look_kernel import qemu_account, user_name
 from kvmi_libvirt.doctor.look_logs import lines_about
 from kvmi_libvirt.errors import KvmiLibvirtError, PlanError, PolicyError, StateError
-from kvmi_libvirt.introspect import verified
+from kvmi_libvirt.introspect import look_at
 from kvmi_libvirt.plan import make_plan
 from kvmi_libvirt.policy.document import parse
 from kvmi_libvirt.policy.element import domain_of, parse_domain
@@ -26,7 +24,6 @@ from kvmi_libvirt.policy.limits import HostPolicy
 from kvmi_libvirt.policy.lint import lint
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.policy.secret import read_secret
-from kvmi_libvirt.state import HOOKED
 
 if TYPE_CHECKING:
     from kvmi_libvirt.abi.kvmi import KvmiAbi
@@ -63,12 +60,7 @@ def look_at_vm(told: Told, world: World, *, with_log: bool = True) -> VmFacts:
     record, record_facts = _record_of(told, world)
     emulator = _emulator_of(told.xml, source)
     wrapper_abi = _wrapper_abi(emulator)
-    process = world.processes.look_at(
-        told.name,
-        told.uuid,
-        is_active=told.is_active,
-        hooked_at_ticks=_hooked_at(record),
-    )
+    process = world.processes.look_at(told.name, told.uuid, is_active=told.is_active)
     is_emulated = wrapper_abi is not None or process.supervisor is not None
     abi = wrapper_abi if is_emulated else _named(world.kernel_abi)
     if record is not None and record.abi is not None:
@@ -246,11 +238,9 @@ def _record_of(told: Told, world: World) -> tuple[VmState | None, RecordFacts | 
         recorded = world.state.load(told.uuid)
     except StateError as error:
         return None, RecordFacts(state="damaged", error=str(error))
-    if recorded is None:
-        return None, None
-    if not told.is_active:
-        return None, None  # libvirt was not there to tell us of its end
-    seen = verified(recorded)
+    seen = None if recorded is None or not told.is_active else look_at(recorded)
+    if recorded is None or seen is None:
+        return None, None  # or it is of a process that has ended while nobody told us
     return recorded, RecordFacts(
         state=seen.state,
         source=seen.source,
@@ -259,19 +249,6 @@ def _record_of(told: Told, world: World) -> tuple[VmState | None, RecordFacts | 
         commands=len(seen.commands),
         events=len(seen.events),
     )
-
-
-def _hooked_at(record: VmState | None) -> int | None:
-    # In clock ticks after boot, as the kernel notes the start of threads. The record's
-    # time is of whole seconds: later by one, so that no vCPU is called late wrongly.
-    if record is None or record.state != HOOKED:
-        return None
-    try:
-        epoch_s = calendar.timegm(time.strptime(record.since, "%Y-%m-%dT%H:%M:%SZ"))
-    except ValueError:
-        return None
-    booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    return round((epoch_s + 1 - booted_at) * os.sysconf("SC_CLK_TCK"))
 
 
 def _journal(told: Told, state: StateDir, pid: int | None) -> str:

@@ -94,7 +94,7 @@ def lint(
     if policy is not None:
         findings += refusals(policy, host)
         findings += _pointless(policy)
-    if domain is not None and policy is not None and not findings:
+    if domain is not None and not findings and (policy is not None or host.assignments):
         findings += _domain_findings(xml, source)
     if any(finding.severity is Severity.ERROR for finding in findings):
         policy = None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmi_libvirt.abi.probing import Outcome
-from kvmi_libvirt.doctor import look_kernel, look_logs, look_process
+from kvmi_libvirt.doctor import look_kernel, look_logs
 from kvmi_libvirt.doctor.facts import Access
 from kvmi_libvirt.doctor.look_config import look_at_config, look_at_state
 from kvmi_libvirt.doctor.look_kernel import access_of, look_at_kernel, look_at_kvm
@@ -42,6 +42,7 @@ def config(directory: Path) -> ConfigFacts:
         host_policy=directory / "host-policy.xml",
         profiles=directory / "profiles.d",
         secrets=directory / "secrets",
+        agent_conf=directory / "agent.conf",
         owner=os.geteuid(),
     )
 
@@ -93,6 +94,18 @@ def test_everything_wrong_is_told_with_its_place(tmp_path: Path) -> None:
 
     (tmp_path / "secrets").chmod(0o755)
     assert "secrets is open to others" in config(tmp_path).secret_problems[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the agent's configuration is root's")
+def test_an_agents_configuration_it_would_not_start_with(tmp_path: Path) -> None:
+    conf = tmp_path / "agent.conf"
+    assert config(tmp_path).agent_problem is None
+    conf.write_text("[agent]\nlog-level = info\n", encoding="ascii")
+    assert config(tmp_path).agent_problem is None
+
+    conf.write_text("[agent]\nlog-levl = info\n", encoding="ascii")
+
+    assert "unknown key 'log-levl'" in str(config(tmp_path).agent_problem)
 
 
 def test_a_host_policy_others_can_write_is_not_believed(tmp_path: Path) -> None:
@@ -408,37 +421,28 @@ def test_the_pidfile_leads_to_the_qemu(run_dir: Path) -> None:
     with guest("-uuid", UUID) as pid:
         (run_dir / "web1.pid").write_text(f"{pid}\n", encoding="ascii")
 
-        found = Processes().look_at(
-            "web1", UUID, is_active=True, hooked_at_ticks=0, run_dir=run_dir
-        )
+        found = Processes().look_at("web1", UUID, is_active=True, run_dir=run_dir)
 
         assert (found.pid, found.pidfile_problem, found.supervisor) == (pid, None, None)
         assert "no KVM VM fd" in str(found.problem)
-        assert found.late_vcpus == 0
 
 
 @pytest.mark.parametrize("text", [str(os.getpid()), "4194304", "", "x"])
 def test_behind_a_stale_pidfile_the_qemu_is_found_by_its_uuid(run_dir: Path, text: str) -> None:
     (run_dir / "web1.pid").write_text(text, encoding="ascii")
     with guest("-uuid", UUID) as pid:
-        found = Processes().look_at(
-            "web1", UUID, is_active=True, hooked_at_ticks=None, run_dir=run_dir
-        )
+        found = Processes().look_at("web1", UUID, is_active=True, run_dir=run_dir)
         assert found.pid == pid
         assert found.pidfile_problem
 
-    gone = Processes().look_at("web1", UUID, is_active=True, hooked_at_ticks=None, run_dir=run_dir)
+    gone = Processes().look_at("web1", UUID, is_active=True, run_dir=run_dir)
     assert gone.pid is None
     assert gone.pidfile_problem
 
 
 def test_what_a_vm_that_does_not_run_has_left(run_dir: Path) -> None:
     def problem() -> str | None:
-        return (
-            Processes()
-            .look_at("web1", UUID, is_active=False, hooked_at_ticks=None, run_dir=run_dir)
-            .pidfile_problem
-        )
+        return Processes().look_at("web1", UUID, is_active=False, run_dir=run_dir).pidfile_problem
 
     assert problem() is None
     pidfile = run_dir / "web1.pid"
@@ -468,21 +472,3 @@ def test_the_emulators_supervisor_is_known_by_its_title() -> None:
             assert Processes().supervisor_of(pid) == supervisor.pid
             assert Processes().supervisor_of(pid + 1) is None
         assert Processes().supervisor_of(pid) is None
-
-
-def test_threads_named_as_vcpus_have_a_start(tmp_path: Path) -> None:
-    code = (
-        "import sys, threading; e = threading.Event()\n"
-        "t = threading.Thread(target=lambda: (open('/proc/thread-self/comm', 'w')"
-        ".write('CPU 1/KVM'), e.set(), sys.stdin.read())); t.start(); e.wait()\n"
-        "print(flush=True)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as running:
-        assert running.stdout is not None
-        running.stdout.readline()
-
-        (ticks,) = look_process._vcpu_starts(running.pid)
-
-        assert ticks >= start_ticks(running.pid)

@@ -169,6 +169,7 @@ def test_a_daemon_without_the_right_to_trace(has_ptrace: bool | None, verdict: s
         ({"host_policy_problem": "/etc/hp.xml:3: no"}, "host-policy", ExitCode.POLICY),
         ({"profile_problems": ("p.xml:1: a", "b")}, "profiles", ExitCode.POLICY),
         ({"secret_problems": ("s: open to others",)}, "secrets", ExitCode.POLICY),
+        ({"agent_problem": "unknown key 'x'"}, "agent-conf", ExitCode.FAILED),
     ],
 )
 def test_configuration(change: dict[str, Any], check: str, code: ExitCode) -> None:

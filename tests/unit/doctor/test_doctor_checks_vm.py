@@ -138,7 +138,6 @@ def test_whatever_follows_from_a_cause_does_not_come_before_it() -> None:
         ({"warnings": ("allowed twice",)}, "policy-warning", "allowed twice"),
         ({"config_differs": True}, "policy-config", "--live"),
         ({"process": replace(QEMU, vcpus=1)}, "process-fit", "1 of its 2 vCPUs"),
-        ({"process": replace(QEMU, late_vcpus=1)}, "process-fit", "added after it was hooked"),
         ({"tool": DOUBTFUL}, "tool", "another machine"),
         ({"journal": "was interrupted"}, "journal", "kvmi-libvirt unhook web1"),
         ({"record": replace(FAILED, state="waiting")}, "state", "the agent tries again"),
