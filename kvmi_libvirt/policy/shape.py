@@ -19,6 +19,7 @@ from lxml import etree
 
 from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS
 from kvmi_libvirt.datafiles import data_file
+from kvmi_libvirt.errors import KvmiLibvirtError
 from kvmi_libvirt.policy.document import line_of, prefix_of, split_name, tail_of, text_of
 from kvmi_libvirt.policy.findings import Finding
 from kvmi_libvirt.policy.groups import GROUPS
@@ -61,6 +62,19 @@ def shape_findings(element: etree._Element) -> list[Finding]:
     if found:
         return found
     return [_finding(element, f"{tag_of(element)} does not fit {name}")]
+
+
+def load_schemas() -> None:
+    """Load both schemas, as the first use of each does.
+
+    Raises
+        KvmiLibvirtError  one is not installed, or cannot be used.
+    """
+    for name in (SCHEMA, HOST_SCHEMA):
+        try:
+            _schema(name)
+        except (OSError, etree.LxmlError) as error:
+            raise KvmiLibvirtError(f"{data_file(name)} cannot be used: {error}") from error
 
 
 @functools.cache

@@ -33,6 +33,7 @@ POLICY: Final = BASE | {"abi", "policy", "datafiles"}
 TRACING: Final = BASE | {"abi", "linux", "qemu"}
 SERVING: Final = TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag"}
 INSTALLING: Final = frozenset({"installer", "installation", "daemons"})
+DOCTORING: Final = SERVING | INSTALLING | {"introspect", "bounded", "kernel", "hooklog", "doctor"}
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -78,9 +79,8 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "agent.watch": frozenset(),
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING
-        | INSTALLING
-        | {"", "introspect", "bounded", "kernel", "libvirtio", "cli", "agentclient"},
+        "doctor": DOCTORING | {"", "libvirtio", "agentclient", "agent.settings"},
+        "cli": DOCTORING | {"", "libvirtio", "cli", "agentclient"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
@@ -94,6 +94,8 @@ DEPENDENCIES: Final = frozenset({"lxml", "libvirt", "prometheus_client"})
 PURE: Final = (
     *("abi", "policy.model", "plan", "tool.handshake", "tool.wire"),
     *("emulator.kernel", "emulator.protocol", "emulator.filter"),
+    *("doctor.report", "doctor.facts", "doctor.check_hook", "doctor.check_host"),
+    *("doctor.check_files", "doctor.check_vm"),
 )
 PURE_STDLIB: Final = frozenset(
     {
