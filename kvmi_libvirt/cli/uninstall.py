@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import daemons
+from kvmi_libvirt.cli import hookscript
+from kvmi_libvirt.cli.hookscript import add_proxmox_argument
 from kvmi_libvirt.cli.install import add_place_arguments, below, own_command, require_places, tell
 from kvmi_libvirt.cli.status import seen_states
 from kvmi_libvirt.errors import ExitCode, StateError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_place_arguments(parser)
+    add_proxmox_argument(parser)
     parser.add_argument(
         "--purge",
         action="store_true",
@@ -31,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Remove the hook and what goes with it; running VMs keep what they have."""
+    if args.proxmox is not None:
+        return hookscript.uninstall(args.proxmox, dry_run=args.dry_run)
     require_places(args)
     hook_dir = below(args.root, HOOK_DIR)
     is_here = args.root.resolve() == Path("/")

@@ -41,6 +41,7 @@ class Domain(facts.Identity):
         memory_bytes  total guest memory, 0 when the document has none
         machine       for example "pc-q35-7.2", "" when the document has none
         policy        None when the domain carries no introspection element
+        emulator      program that runs it with KVM, "" when the document does not say
         origin        file name or description of the document, for messages
     """
 
@@ -48,6 +49,7 @@ class Domain(facts.Identity):
     memory_bytes: int
     machine: str
     policy: Policy | None
+    emulator: str = ""
     origin: str = field(default="", compare=False)
 
 
@@ -76,6 +78,7 @@ def parse_domain(xml: bytes, *, source: str, with_policy: bool = True) -> Domain
         machine=facts.machine(domain),
         policy=_policy_of(domain, source) if with_policy else None,
         nova=facts.nova_facts(domain, source),
+        emulator=facts.emulator(domain),
         origin=source,
     )
 

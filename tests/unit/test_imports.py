@@ -31,8 +31,10 @@ HOOK_PYTHON: Final = Path("/usr/bin/python3")
 BASE: Final = frozenset({"errors", "newtypes", "quoting"})
 POLICY: Final = BASE | {"abi", "policy", "datafiles"}
 TRACING: Final = BASE | {"abi", "linux", "qemu"}
-SERVING: Final = TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag"}
-INSTALLING: Final = frozenset({"installer", "installation", "daemons"})
+SERVING: Final = (
+    TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag", "beforehand"}
+)
+INSTALLING: Final = frozenset({"installer", "installation", "daemons", "snippets"})
 DOCTORING: Final = SERVING | INSTALLING | {"introspect", "bounded", "kernel", "hooklog", "doctor"}
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
@@ -45,6 +47,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "abi": BASE | {"abi"},
         "linux": BASE | {"abi"},
         "kernel": BASE | {"abi"},
+        "beforehand": POLICY | {"kernel", "plan"},
         "policy": POLICY,
         "policy.model": frozenset({"errors", "abi", "quoting"}),
         "plan": frozenset({"errors", "abi", "policy.model"}),
@@ -63,7 +66,12 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "introspect": SERVING,
         "early": SERVING | {"introspect", "linux"},
         "hook": SERVING | {"introspect", "early", "linux", "hooklog"},
+        "qmp": BASE,
+        "commandline": frozenset({"policy"}),
+        "proxmoxfiles": POLICY,
+        "proxmox": SERVING | {"introspect", "hooklog", "commandline", "proxmoxfiles", "qmp"},
         "installer": frozenset({"errors", "datafiles"}),
+        "snippets": frozenset({"errors", "datafiles"}),
         "installation": frozenset({"errors", "datafiles", "installer"}),
         "bounded": frozenset(),
         "daemons": BASE | {"state"},
