@@ -26,7 +26,7 @@ HOOKS: Final = ROOT / "hooks"
 
 LICENCE: Final = "SPDX-License-Identifier: Apache-2.0"
 LICENCE_WITHIN_LINES: Final = 5
-WITHOUT_COMMENTS: Final = frozenset({".json", ".jsonl", ".md", ".txt", ""})
+WITHOUT_COMMENTS: Final = frozenset({".json", ".jsonl", ".md", ".txt", ".Debian", ""})
 """Suffixes of files that cannot, or need not, carry the line: data and prose."""
 
 SPELLINGS_WE_MEAN: Final = ("keypair", "requird", "re-used", "re-uses")
