@@ -27,8 +27,16 @@ from kvmi_libvirt.errors import (
     PolicyError,
     PolicySchemaError,
     PolicySyntaxError,
+    SessionError,
 )
-from kvmi_libvirt.introspect import hook_vm, is_same_process, record_failure, verified
+from kvmi_libvirt.introspect import (
+    ALREADY_HOOKED,
+    hook_vm,
+    is_same_process,
+    record_failure,
+    verified,
+)
+from kvmi_libvirt.policy.digest import digest
 from kvmi_libvirt.policy.element import parse_domain
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE, NAMESPACE_STEM, Mode
@@ -38,7 +46,9 @@ from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR, open_domain
 from kvmi_libvirt.state import StateDir
 
 if TYPE_CHECKING:
+    from kvmi_libvirt.introspect import OnHooked
     from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.limits import HostPolicy
     from kvmi_libvirt.policy.model import Policy
 
 logger = logging.getLogger(__name__)
@@ -66,16 +76,28 @@ class Hook:
     """One call of the hook.
 
     Parameters
-        state    the state directory
-        run_dir  where libvirt keeps pidfiles
+        state          the state directory
+        run_dir        where libvirt keeps pidfiles
+        host_policy    instead of the host's policy
+        on_hooked      as :func:`introspect.hook_vm` has it
+        allow_standin  also serve stand-in VM processes without KVM
     """
 
     def __init__(
-        self, *, state: StateDir | None = None, run_dir: Path = LIBVIRT_QEMU_RUN_DIR
+        self,
+        *,
+        state: StateDir | None = None,
+        run_dir: Path = LIBVIRT_QEMU_RUN_DIR,
+        host_policy: Path | None = None,
+        on_hooked: OnHooked | None = None,
+        allow_standin: bool = False,
     ) -> None:
         """Nothing is touched yet."""
         self._state = state or StateDir()
         self._run_dir = run_dir
+        self._host_policy = host_policy
+        self._on_hooked = on_hooked
+        self._allow_standin = allow_standin
 
     def run(self, name: str, operation: str, xml: bytes) -> str | None:
         """Do what *operation* asks; return the reason of a veto, or None.
@@ -105,14 +127,38 @@ class Hook:
     def _judge(self, name: str, operation: Operation, xml: bytes, error: Exception) -> str | None:
         line = " ".join(str(error).split())
         vetoes = operation not in (Operation.RECONNECT, Operation.STOPPED, Operation.RELEASE)
-        if vetoes and _demands(xml):
+        if vetoes and self._demands(xml):
             logger.error("domain %s: %s refused: %s", name, operation.value, line)
-            return f"kvmi-libvirt: domain '{name}' requires introspection: {line}"
+            return f"{_reason(error)}; domain '{name}' requires introspection (kvmi-libvirt)"
         logger.warning("domain %s: %s: %s", name, operation.value, line)
         return None
 
+    def _demands(self, xml: bytes) -> bool:
+        # Where the host assigns a policy, its mode counts and not the element's. A host
+        # policy that cannot be read demands nothing of a domain without an element.
+        try:
+            assignments = self._host().assignments
+        except (KvmiLibvirtError, OSError):
+            assignments = ()  # told already: it is what is being judged
+        if assignments:
+            try:
+                domain = parse_domain(xml, source="", with_policy=False)
+            except KvmiLibvirtError:
+                # Whom it is for cannot be told. A demand that may be for this one counts.
+                modes = {assigned.policy.mode for assigned in assignments}
+                return Mode.REQUIRED in modes or is_required(xml)
+            found = next((assigned for assigned in assignments if assigned.fits(domain)), None)
+            if found is not None:
+                return found.policy.mode is Mode.REQUIRED
+        return is_required(xml)
+
+    def _host(self) -> HostPolicy:
+        if self._host_policy is None:
+            return load_host_policy()
+        return load_host_policy(self._host_policy)
+
     def _policy(self, name: str, xml: bytes) -> tuple[Domain, Policy | None]:
-        domain, policy = decide(xml, load_host_policy(), source=f"XML of domain '{name}'")
+        domain, policy = decide(xml, self._host(), source=f"XML of domain '{name}'")
         if policy is None and scan(xml).modes:
             raise PolicySchemaError(
                 f"the introspection element is not of {NAMESPACE}, "
@@ -134,7 +180,24 @@ class Hook:
         if policy is None:
             return
         with open_domain(domain.name, domain.uuid, run_dir=self._run_dir) as process:
-            hook_vm(process, domain, policy, state=self._state)
+            try:
+                hook_vm(
+                    process,
+                    domain,
+                    policy,
+                    state=self._state,
+                    on_hooked=self._on_hooked,
+                    allow_standin=self._allow_standin,
+                )
+            except SessionError as error:
+                # Whoever hooked it before libvirt told us did what we would have done.
+                recorded = self._state.load(domain.uuid)
+                if (
+                    error.kind != ALREADY_HOOKED
+                    or recorded is None
+                    or recorded.policy != digest(policy)
+                ):
+                    raise
 
     def _record(self, name: str, xml: bytes, error: KvmiLibvirtError) -> None:
         # For status; the failure itself is the caller's to judge.
@@ -177,6 +240,15 @@ class Hook:
         # Not under the feet of a session at work; it soon finds that QEMU is gone.
         with self._state.locked(uuid, deadline=time.monotonic() + _LOCK_S):
             self._state.remove(uuid)
+
+
+def _reason(error: Exception) -> str:
+    # libvirt puts its own words before ours, and OpenStack shows the first 255 bytes of
+    # all: what is wrong must come before where it was written, and for which domain.
+    text = str(error)
+    if isinstance(error, PolicyError) and error.place:
+        text = f"{error.message} ({error.place})"
+    return " ".join(text.split())
 
 
 class Facts(NamedTuple):
@@ -226,21 +298,6 @@ def scan(xml: bytes) -> Facts:
     except (expat.ExpatError, ValueError) as error:
         raise PolicySyntaxError(f"the domain XML is not well-formed: {error}") from error
     return Facts("".join(uuid).strip(), tuple(modes))
-
-
-def _demands(xml: bytes) -> bool:
-    # Where the host assigns a policy, its mode counts and not the element's. A host
-    # policy that cannot be read demands nothing of a domain without an element.
-    try:
-        host = load_host_policy()
-        if host.assignments:
-            domain = parse_domain(xml, source="", with_policy=False)
-            assigned = host.assignment(domain)
-            if assigned is not None:
-                return assigned.policy.mode is Mode.REQUIRED
-    except (KvmiLibvirtError, OSError):
-        pass  # told already: it is what is being judged
-    return is_required(xml)
 
 
 def is_required(xml: bytes) -> bool:

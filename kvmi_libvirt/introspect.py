@@ -12,11 +12,12 @@ import contextlib
 import dataclasses
 import hmac
 import logging
+import math
 import os
 import socket
 import time
 import uuid as uuid_module
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from kvmi_libvirt import session, worker
 from kvmi_libvirt import state as st
@@ -30,9 +31,11 @@ from kvmi_libvirt.errors import (
     KvmiLibvirtError,
     SessionError,
     StateError,
+    TargetError,
     TargetUnsuitable,
     UnsupportedByKernel,
 )
+from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.plan import (
     Grants,
     Plan,
@@ -43,8 +46,11 @@ from kvmi_libvirt.plan import (
     make_plan,
     names_of,
 )
+from kvmi_libvirt.policy.adjust import adjust, merged
+from kvmi_libvirt.policy.digest import digest
 from kvmi_libvirt.policy.secret import read_secret
 from kvmi_libvirt.qemu.layout import highest_ram_end
+from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.sockdiag import (
     tcp_stream_is_connected,
     unix_stream_is_connected,
@@ -60,11 +66,12 @@ from kvmi_libvirt.tool.connect import (
 from kvmi_libvirt.tool.handshake import Answer, Hello, cookie_hash, pack_hello
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.limits import Ceiling
     from kvmi_libvirt.policy.model import Mode, Policy
-    from kvmi_libvirt.qemu.process import Process, VmFds
+    from kvmi_libvirt.qemu.process import VmFds
     from kvmi_libvirt.state import StateDir, VmState
 
 logger = logging.getLogger(__name__)
@@ -72,7 +79,13 @@ logger = logging.getLogger(__name__)
 SESSION_S: Final = 3.0
 """How long one visit to QEMU may take, waiting for a busy main loop included."""
 
+ALREADY_HOOKED: Final = "AlreadyHooked"
+"""SessionError.kind when a hook with a tool at its end is there; nothing was touched."""
+
+OnHooked: TypeAlias = "Callable[[VmState, session.Report, socket.socket], None]"
+
 _LOCK_S: Final = 5.0
+_LEAVE_POLL_S: Final = 0.05
 _SEND_TIMEOUT_S: Final = 10
 
 
@@ -83,6 +96,9 @@ def hook_vm(
     *,
     state: StateDir,
     allow_standin: bool = False,
+    adjusted: Collection[str] = (),
+    ceiling: Ceiling | None = None,
+    on_hooked: OnHooked | None = None,
 ) -> VmState:
     """Hook the VM in *process* with exactly the rights of *policy*; record the result.
 
@@ -93,6 +109,10 @@ def hook_vm(
         process        identified by the caller; borrowed
         domain         what the domain XML says
         allow_standin  also serve a stand-in VM process without KVM
+        adjusted       what was changed by hand on top of the policy, to be kept
+        ceiling        what *adjusted* may not go above
+        on_hooked      called with the record, what the session did, and our copy of the
+                       channel, which is closed afterwards
     Returns
         the recorded state, "hooked"
     Raises
@@ -104,9 +124,27 @@ def hook_vm(
             fds = _ready_vm(process, domain, allow_standin=allow_standin)
             _take_off_leftovers(process, domain.uuid, fds, state)
             dead = None
-            return _hook_locked(process, domain, policy, fds, state)
+            effective = adjust(policy, adjusted, ceiling)
+            with _tool_channel_of(process, domain, effective, fds) as (abi, sock):
+                plan = make_plan(effective, abi, None)
+                report = _hook_locked(process, domain, plan, fds, sock, state)
+                record = dataclasses.replace(
+                    _record(process, domain, policy, state=st.HOOKED, abi=abi.name),
+                    socket_inode=os.fstat(sock.fileno()).st_ino,
+                    vcpus=fds.vcpu_count,
+                    adjusted=tuple(adjusted),
+                )
+                record = _with_grants(record, grants_after(plan, None), abi)
+                _save_hooked(process, record, fds, abi, state)
+                _tell_hooked(record, report)
+                if on_hooked is not None:
+                    on_hooked(record, report, sock)
+            return record
         except KvmiLibvirtError as error:
-            record = _record(process, domain, policy, state=st.FAILED, error=str(error))
+            record = dataclasses.replace(
+                _record(process, domain, policy, state=st.FAILED, error=str(error)),
+                adjusted=tuple(adjusted),
+            )
             if dead is not None:  # its hook is still on, and must come off next time
                 record = dataclasses.replace(record, abi=dead.abi, socket_inode=dead.socket_inode)
             with contextlib.suppress(StateError):
@@ -164,6 +202,7 @@ def _require_unhooked(process: Process, domain: Domain, state: StateDir) -> VmSt
     if channel_is_open(recorded):
         raise SessionError(
             f"domain '{domain.name}' is hooked already; 'kvmi-libvirt unhook' it first",
+            kind=ALREADY_HOOKED,
             exit_code=ExitCode.FAILED,
         )
     return recorded
@@ -230,69 +269,79 @@ def _recover(process: Process, fds: VmFds, journal: st.Journal) -> None:
     logger.warning("process %d: %s", process.pid, "; ".join(report.applied))
 
 
-def _hook_locked(
-    process: Process, domain: Domain, policy: Policy, fds: VmFds, state: StateDir
-) -> VmState:
+@contextlib.contextmanager
+def _tool_channel_of(
+    process: Process, domain: Domain, policy: Policy, fds: VmFds
+) -> Iterator[tuple[KvmiAbi, socket.socket]]:
+    # What the kernel cannot do is found before the tool is called.
     abi = probe_revision(process, fds, pin=policy.kernel_abi)
-    plan = make_plan(policy, abi, None)
+    make_plan(policy, abi, None)
     _tell_what_is_left_out(domain.name, policy, abi)
     with _tool_channel(process, domain, policy, abi) as sock:
-        inode = os.fstat(sock.fileno()).st_ino
-        state.save_journal(
-            domain.uuid,
-            st.Journal(
-                pid=process.pid,
-                start_ticks=process.start_ticks,
-                sockets_before=_socket_inodes(process),
-                channel_inode=inode,
-                request_unhook=abi.request(Ioctl.UNHOOK),
-            ),
+        yield abi, sock
+
+
+def _hook_locked(
+    process: Process,
+    domain: Domain,
+    plan: Plan,
+    fds: VmFds,
+    sock: socket.socket,
+    state: StateDir,
+) -> session.Report:
+    journal = st.Journal(
+        pid=process.pid,
+        start_ticks=process.start_ticks,
+        sockets_before=_socket_inodes(process),
+        channel_inode=os.fstat(sock.fileno()).st_ino,
+        request_unhook=plan.abi.request(Ioctl.UNHOOK),
+    )
+    state.save_journal(domain.uuid, journal)
+    deadline = time.monotonic() + SESSION_S
+    uuid = uuid_module.UUID(domain.uuid).bytes
+    try:
+        return worker.run(
+            lambda: session.hook(process, fds.vm, plan, sock, uuid, deadline=deadline),
+            deadline=deadline,
+            keep_fds=(*process.owned_fds, sock.fileno()),
         )
-        deadline = time.monotonic() + SESSION_S
-        try:
-            report = worker.run(
-                lambda: session.hook(
-                    process,
-                    fds.vm,
-                    plan,
-                    sock,
-                    uuid_module.UUID(domain.uuid).bytes,
-                    deadline=deadline,
-                ),
-                deadline=deadline,
-                keep_fds=(*process.owned_fds, sock.fileno()),
-            )
-        except SessionError as error:
-            if not error.left and not error.is_unfinished:
-                state.clear_journal(domain.uuid)
-            raise
-    record = _record(process, domain, policy, state=st.HOOKED, abi=abi.name, socket_inode=inode)
-    record = _with_grants(record, grants_after(plan, None), abi)
+    except SessionError as error:
+        if not error.left and not error.is_unfinished:
+            state.clear_journal(domain.uuid)
+        raise
+
+
+def _save_hooked(
+    process: Process, record: VmState, fds: VmFds, abi: KvmiAbi, state: StateDir
+) -> None:
     try:
         state.save(record)
     except StateError:
         # Nobody would know of the hook.
         _unhook(process, fds, abi)
-        state.clear_journal(domain.uuid)
+        state.clear_journal(record.uuid)
         raise
     # Only now: until the record was there, the journal was all that told of the hook.
-    state.clear_journal(domain.uuid)
+    state.clear_journal(record.uuid)
+
+
+def _tell_hooked(record: VmState, report: session.Report) -> None:
     logger.info(
         "domain %s (%s): hooked, %d steps, main thread held %d us, %d us from HOOK to last grant",
-        *(domain.name, domain.uuid, len(report.applied), report.stall_us, report.gap_us),
+        *(record.domain, record.uuid, len(report.applied), report.stall_us, report.gap_us),
     )
-    return record
 
 
 def probe_revision(process: Process, fds: VmFds, *, pin: str | None = None) -> KvmiAbi:
     """Return the KVMI revision of the kernel under *process*; changes nothing.
 
     Parameters
-        pin  what the host's policy says it is; decides between v11 and v12, which
-             share their numbers, and must not contradict the probe otherwise
+        pin  what the host's policy says it is. Decides between v11 and v12, which share
+             their numbers, where the kernel does not tell; where it tells otherwise,
+             there is doubt, in which neither of the ids that differ is granted
     Raises
         SessionError         no KVMI, switched off, or QEMU not to be had; .exit_code tells
-        UnsupportedByKernel  *pin* cannot be
+        UnsupportedByKernel  the kernel cannot be what *pin* says
     """
     deadline = time.monotonic() + SESSION_S
     report = worker.run(
@@ -301,15 +350,19 @@ def probe_revision(process: Process, fds: VmFds, *, pin: str | None = None) -> K
         keep_fds=process.owned_fds,
     )
     probed = revisions.by_name(report.abi)
-    if pin is None or pin == probed.name:
-        return probed
-    pinned = revisions.by_name(pin)
-    if pinned.request(Ioctl.COMMAND) != probed.request(Ioctl.COMMAND):
+    abi = revisions.pinned(probed, pin)
+    if abi is None:
         raise UnsupportedByKernel(
             f"the host policy says the kernel's KVMI revision is {pin}, but it is {probed.name}; "
             f"correct <kernel abi=...>"
         )
-    return pinned
+    if abi.name not in (probed.name, pin):
+        logger.warning(
+            "the host policy says the kernel's KVMI revision is %s, but it answers as %s: what "
+            "differs is not granted; correct or remove <kernel abi=...>",
+            *(pin, probed.name),
+        )
+    return abi
 
 
 def _tell_what_is_left_out(name: str, policy: Policy, abi: KvmiAbi) -> None:
@@ -371,7 +424,6 @@ def _record(
     state: str,
     abi: str | None = None,
     error: str | None = None,
-    socket_inode: int = 0,
 ) -> VmState:
     return st.VmState(
         domain=domain.name,
@@ -386,7 +438,10 @@ def _record(
         events=(),
         since=st.now_text(),
         error=error,
-        socket_inode=socket_inode,
+        socket_inode=0,
+        policy=digest(policy),
+        secret=policy.secret,
+        unhook_s=math.ceil(policy.unhook_timeout_s),
     )
 
 
@@ -413,6 +468,8 @@ def change_vm(
     wanted: Policy | Callable[[VmState], Policy],
     *,
     state: StateDir,
+    adjusted: Collection[str] = (),
+    ceiling: Ceiling | None = None,
 ) -> VmState:
     """Move the rights of a hooked VM from what is in force to what *wanted* says.
 
@@ -423,7 +480,10 @@ def change_vm(
     Parameters
         process  identified by the caller; borrowed
         uuid     the domain's
-        wanted   a policy, or what makes one of what is recorded now
+        wanted   a policy, or what makes one of what is recorded now: the latter is a
+                 change by hand, which the VM keeps while its policy stays the same
+        adjusted what was changed by hand on top of a policy, to be kept
+        ceiling  what *adjusted* may not go above
     Returns
         the recorded state, with what is in force now
     Raises
@@ -444,13 +504,14 @@ def change_vm(
         if _is_closed(recorded):
             text = f"domain '{recorded.domain}': the tool has closed its channel; hook it anew"
             raise SessionError(text, exit_code=ExitCode.HANDSHAKE)
-        policy = wanted(recorded) if callable(wanted) else wanted
+        policy = wanted(recorded) if callable(wanted) else adjust(wanted, adjusted, ceiling)
         if recorded.source != policy.source.describe():
             raise SessionError(
                 f"the policy names the tool at {policy.source.describe()}, but domain "
                 f"'{recorded.domain}' is hooked by {recorded.source}; unhook it, then hook it",
                 exit_code=ExitCode.FAILED,
             )
+        _require_proven(recorded, policy)
         abi = abi_of(recorded)
         before = _grants_in_force(recorded, abi)
         plan = make_plan(policy, abi, before)
@@ -475,12 +536,81 @@ def change_vm(
             mode=policy.mode.value,
             error=None if failure is None else f"changing its rights failed half way: {failure}",
         )
+        if callable(wanted):
+            record = _adjusted(record, recorded)
+        elif failure is None:
+            record = dataclasses.replace(
+                record,
+                policy=digest(wanted),
+                adjusted=tuple(adjusted),
+                unhook_s=math.ceil(wanted.unhook_timeout_s),
+            )
         if record != recorded:
             state.save(record)
         if failure is not None:
             raise failure
-        logger.info("domain %s: rights changed, %d steps", record.domain, len(plan.steps))
+        if plan.steps:
+            logger.info("domain %s: rights changed, %d steps", record.domain, len(plan.steps))
         return record
+
+
+def _adjusted(record: VmState, before: VmState) -> VmState:
+    now, then = ({*some.commands, *some.events} for some in (record, before))
+    adjusted = merged(before.adjusted, added=now - then, removed=then - now)
+    return dataclasses.replace(record, adjusted=adjusted)
+
+
+def ask_to_leave(process: Process, recorded: VmState, *, state: StateDir) -> bool:
+    """Ask the tool of a hooked VM to let go, by the UNHOOK event; nothing else changes.
+
+    Returns
+        whether it was asked. Then wait until its channel closes, as long as the policy
+        gives it, before :func:`unhook_vm`
+    """
+    with state.locked(recorded.uuid, deadline=time.monotonic() + _LOCK_S):
+        process.require_traceable()
+        fds = process.vm_fds(allow_standin=True)
+        deadline = time.monotonic() + SESSION_S
+        try:
+            report = worker.run(
+                lambda: session.preunhook(process, fds.vm, abi_of(recorded), deadline=deadline),
+                deadline=deadline,
+                keep_fds=process.owned_fds,
+            )
+        except SessionError as error:
+            if error.kind != "RemoteCallTimeout" or error.is_unfinished:
+                raise
+            logger.warning("domain %s: its tool does not read; not asked", recorded.domain)
+            return False
+        return bool(report.applied)
+
+
+def take_leave(process: Process, recorded: VmState, *, state: StateDir) -> VmState:
+    """Unhook a VM politely: ask the tool, wait until it closes, then unhook.
+
+    Waits ``recorded.unhook_s`` seconds at most, without holding the VM or its lock.
+
+    Returns
+        the recorded state, "unhooked"
+    """
+    if ask_to_leave(process, recorded, state=state):
+        deadline = time.monotonic() + recorded.unhook_s
+        # The channel is the kernel's alone: there is nothing to wait on, only to ask.
+        while time.monotonic() < deadline and process.is_alive() and not _is_closed(recorded):
+            time.sleep(_LEAVE_POLL_S)
+    return unhook_vm(process, recorded, state=state)
+
+
+def _require_proven(recorded: VmState, policy: Policy) -> None:
+    # The tool was asked when it was hooked, and cannot be asked again on this channel.
+    if policy.secret in (None, recorded.secret):
+        return
+    proven = "none" if recorded.secret is None else f"'{recorded.secret}'"
+    raise SessionError(
+        f"the policy asks for the secret '{policy.secret}', but the tool of domain "
+        f"'{recorded.domain}' was asked for {proven} when it was hooked; unhook it, then hook it",
+        exit_code=ExitCode.FAILED,
+    )
 
 
 def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmState:
@@ -503,6 +633,7 @@ def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmStat
             error=None,
             socket_inode=0,
             all_ids=(),
+            adjusted=(),
         )
         state.save(record)
         return record
@@ -520,6 +651,24 @@ def _unhook(process: Process, fds: VmFds, abi: KvmiAbi) -> None:
 def is_same_process(recorded: VmState, process: Process) -> bool:
     """Say whether *recorded* is about this very process, not an earlier one."""
     return (recorded.pid, recorded.start_ticks) == (process.pid, process.start_ticks)
+
+
+def process_runs(recorded: VmState) -> bool:
+    """Say whether the very process that *recorded* is about still runs."""
+    try:
+        with Process(Pid(recorded.pid)) as process:
+            return is_same_process(recorded, process)
+    except TargetError:
+        return False
+
+
+def look_at(recorded: VmState) -> VmState | None:
+    """Return *recorded* as :func:`verified` sees it, or None when its process has ended."""
+    try:
+        with Process(Pid(recorded.pid)) as process:
+            return verified(recorded, process) if is_same_process(recorded, process) else None
+    except TargetError:
+        return None
 
 
 def channel_is_open(recorded: VmState) -> bool:
@@ -554,13 +703,34 @@ def _is_closed(recorded: VmState) -> bool:
 _ASK: Final = {"vsock": vsock_stream_is_connected, "tcp": tcp_stream_is_connected}
 
 
-def verified(recorded: VmState) -> VmState:
-    """Return *recorded*, corrected by what can be seen now without touching the VM."""
+def public_fields(recorded: VmState) -> dict[str, object]:
+    """Return the fields ``status --json`` promises, in their order."""
+    return {
+        "domain": recorded.domain,
+        "uuid": recorded.uuid,
+        "pid": recorded.pid,
+        "abi": recorded.abi,
+        "mode": recorded.mode,
+        "state": recorded.state,
+        "source": recorded.source,
+        "commands": list(recorded.commands),
+        "events": list(recorded.events),
+        "since": recorded.since,
+        "error": recorded.error,
+    }
+
+
+def verified(recorded: VmState, process: Process | None = None) -> VmState:
+    """Return *recorded*, corrected by what can be seen now without touching the VM.
+
+    Parameters
+        process  the VM's, to be looked at as well; borrowed
+    """
     if recorded.state != st.HOOKED:
         return recorded
     try:
         if channel_is_open(recorded):
-            return recorded
+            return recorded if process is None else _with_hotplug(recorded, process)
     except StateError as error:
         return dataclasses.replace(recorded, error=str(error))
     return dataclasses.replace(
@@ -568,6 +738,21 @@ def verified(recorded: VmState) -> VmState:
         state=st.FAILED,
         error="the tool has closed its channel; the kernel keeps the hook until it is unhooked",
     )
+
+
+def _with_hotplug(recorded: VmState, process: Process) -> VmState:
+    try:
+        vcpus = process.vm_fds(allow_standin=True).vcpu_count
+    except KvmiLibvirtError:
+        return recorded
+    if not recorded.vcpus or vcpus <= recorded.vcpus:
+        return recorded
+    warning = (
+        f"{vcpus - recorded.vcpus} of its vCPUs were added after it was hooked and are not "
+        "watched; a kernel with the original KVMI patches can crash when the tool leaves: "
+        "shut the VM down, or keep the tool running"
+    )
+    return dataclasses.replace(recorded, error=warning)
 
 
 def unhook_unrecorded(process: Process, uuid: str, *, state: StateDir) -> bool:

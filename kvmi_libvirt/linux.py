@@ -50,6 +50,15 @@ _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _ioctl.restype = ctypes.c_int
 
 
+_inotify_init1 = _libc["inotify_init1"]
+_inotify_init1.argtypes = (ctypes.c_int,)
+_inotify_init1.restype = ctypes.c_int
+
+_inotify_add_watch = _libc["inotify_add_watch"]
+_inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+_inotify_add_watch.restype = ctypes.c_int
+
+
 class _iovec(ctypes.Structure):  # noqa: N801
     _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
 
@@ -299,6 +308,35 @@ def seccomp_notif_send(
     response = sc.seccomp_notif_resp(notif_id, val, -error, flags)
     if _ioctl(listener, sc.SECCOMP_IOCTL_NOTIF_SEND, ctypes.addressof(response)) == -1:
         raise_errno("SECCOMP_IOCTL_NOTIF_SEND", notif_id)
+
+
+# -- inotify -----------------------------------------------------------------------------
+
+IN_CREATE: Final = 0x100
+IN_DELETE: Final = 0x200
+IN_MOVED_TO: Final = 0x80
+IN_CLOSE_WRITE: Final = 0x8
+IN_Q_OVERFLOW: Final = 0x4000
+IN_ONLYDIR: Final = 0x01000000
+
+
+def inotify_new() -> LocalFd:
+    """Return a new non-blocking inotify descriptor, owned by the caller. Source: inotify(7)."""
+    fd = _inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0:
+        raise_errno("inotify_init1")
+    return LocalFd(fd)
+
+
+def inotify_add_watch(fd: LocalFd, path: str, mask: int) -> int:
+    """Watch *path*; return the watch's number, the old one if it is watched already.
+
+    ENOENT when there is no such path, ENOSPC when the user has too many watches.
+    """
+    number = int(_inotify_add_watch(fd, os.fsencode(path), mask))
+    if number < 0:
+        raise_errno("inotify_add_watch", path)
+    return number
 
 
 def set_process_title(title: str) -> None:

@@ -11,12 +11,10 @@ The kernel cannot be asked what it allows, so the caller keeps :class:`Grants`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from kvmi_libvirt.abi import revisions
 from kvmi_libvirt.abi.kvmi import ALL_IDS, Ioctl, KvmiAbi
-from kvmi_libvirt.abi.v11 import V11, V11_OR_V12
-from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.errors import UnsupportedByKernel
 
 if TYPE_CHECKING:
@@ -251,12 +249,8 @@ class _Kind:
         return Step(ioctl=self.ioctl, request=self.request, allow=allow, id=id_, name=name)
 
 
-_CANDIDATES: Final = MappingProxyType({V11_OR_V12.name: (V11, V12)})
-"""Which revisions a kernel may be of when the probe could not decide."""
-
-
 def _check_supported(policy: Policy, abi: KvmiAbi) -> None:
-    candidates = _CANDIDATES.get(abi.name, (abi,))
+    candidates = revisions.candidates(abi)
     kinds = (
         ("command", policy.commands, [_Kind.commands(a).ids for a in (abi, *candidates)]),
         ("event", policy.events, [_Kind.events(a).ids for a in (abi, *candidates)]),
@@ -273,9 +267,9 @@ def _check_supported(policy: Policy, abi: KvmiAbi) -> None:
         if absent:
             problems.append(f"{abi.title} has no {noun} {_listed(absent)}")
         if uncertain:
-            revisions = " and ".join(revision.name for revision in candidates)
+            names = " and ".join(revision.name for revision in candidates)
             problems.append(
-                f"the id of {noun} {_listed(uncertain)} is not the same in {revisions}, "
+                f"the id of {noun} {_listed(uncertain)} is not the same in {names}, "
                 "and this kernel does not tell which it is"
             )
     if problems:

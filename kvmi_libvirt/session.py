@@ -381,6 +381,34 @@ def unhook(process: Process, vm_fd: RemoteFd, abi: KvmiAbi, *, deadline: float) 
     )
 
 
+def preunhook(process: Process, vm_fd: RemoteFd, abi: KvmiAbi, *, deadline: float) -> Report:
+    """Ask the tool to let go of the VM, by the UNHOOK event; change nothing else.
+
+    Returns
+        ``applied`` holds the ioctl if the event was sent, and is empty if the tool
+        did not subscribe to it or is gone. A tool that was asked closes its end when
+        it is ready, and somebody has to wait for that
+    Raises
+        RemoteCallTimeout  the tool does not read; the event was abandoned
+    """
+    with attach_parked(process, deadline=deadline) as tracee:
+        remote = Remote(process, tracee)
+        try:
+            remote.ioctl("KVM_INTROSPECTION_PREUNHOOK", vm_fd, abi.request(Ioctl.PREUNHOOK), 0)
+        except RemoteCallTimeout:
+            raise
+        except RemoteSyscallError as error:
+            # ENOENT: not subscribed, or no tool. EFAULT: the VM is not hooked at all.
+            if error.errno not in (errno.ENOENT, errno.EFAULT):
+                raise
+            return Report(abi=abi.name)
+    return Report(
+        abi=abi.name,
+        applied=(Ioctl.PREUNHOOK.value,),
+        stall_us=round(tracee.stall_s * 1e6),
+    )
+
+
 def leftover_sockets(
     process: Process, sockets_before: Sequence[int], channel_inode: int
 ) -> list[RemoteFd]:

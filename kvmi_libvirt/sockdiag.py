@@ -72,6 +72,24 @@ def unix_stream_is_connected(inode: int) -> bool:
     return _is_connected(answer)
 
 
+def open_unix_streams() -> set[int]:
+    """Return the inodes of all unix stream sockets whose both directions are open.
+
+    One dump for however many are asked about. Looks in this process's network
+    namespace only. Raises OSError when nothing can be said.
+    """
+    states = 1 << _TCP_ESTABLISHED
+    request = _unix_diag_req.pack(
+        socket.AF_UNIX, 0, 0, states, 0, _UDIAG_SHOW_PEER, 0xFFFFFFFF, 0xFFFFFFFF
+    )
+    found = set()
+    for body in _dump(request):
+        _family, kind, state, _pad, inode, _cookie0, _cookie1 = _unix_diag_msg.unpack_from(body)
+        if kind == socket.SOCK_STREAM and _is_open(state, body, _unix_diag_msg.size, len(body)):
+            found.add(inode)
+    return found
+
+
 def vsock_stream_is_connected(inode: int) -> bool:
     """Say whether the vsock stream with *inode* exists and both directions are open.
 
@@ -139,18 +157,19 @@ def _is_connected(answer: bytes) -> bool:
             return False
         raise OSError(-code, f"sock_diag: {os.strerror(-code)}")
     offset = _nlmsghdr.size
-    _family, _type, state, _pad, _inode, _cookie0, _cookie1 = _unix_diag_msg.unpack_from(
-        answer, offset
-    )
-    offset += _unix_diag_msg.size
+    state = _unix_diag_msg.unpack_from(answer, offset)[2]
+    return _is_open(state, answer, offset + _unix_diag_msg.size, length)
+
+
+def _is_open(state: int, message: bytes, offset: int, length: int) -> bool:
     peer = shutdown = 0
     while offset + _nlattr.size <= length:
-        attribute_len, attribute = _nlattr.unpack_from(answer, offset)
+        attribute_len, attribute = _nlattr.unpack_from(message, offset)
         if attribute_len < _nlattr.size:
             break
         if attribute == _UNIX_DIAG_PEER:
-            (peer,) = struct.unpack_from("=I", answer, offset + _nlattr.size)
+            (peer,) = struct.unpack_from("=I", message, offset + _nlattr.size)
         elif attribute == _UNIX_DIAG_SHUTDOWN:
-            shutdown = answer[offset + _nlattr.size]
+            shutdown = message[offset + _nlattr.size]
         offset += (attribute_len + 3) & ~3
     return state == _TCP_ESTABLISHED and peer != 0 and shutdown == 0

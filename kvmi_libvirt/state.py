@@ -46,6 +46,10 @@ class VmState:
     always allowed. ``start_ticks`` (clock ticks after boot) makes ``pid`` unique.
     ``socket_inode`` is the channel's, 0 when there is none. ``all_ids`` holds
     "commands" and "events" where all ids were granted, those without a name too.
+    ``policy`` is the digest of the policy last acted upon, ``adjusted`` what was
+    allowed and denied by hand since, ``secret`` the name of the one the tool proved
+    to know, ``vcpus`` how many vCPUs there were at the hook (0: not known),
+    ``unhook_s`` how many seconds a tool gets that is asked to let go.
     """
 
     domain: str
@@ -62,6 +66,11 @@ class VmState:
     error: str | None
     socket_inode: int
     all_ids: tuple[str, ...] = ()
+    policy: str = ""
+    adjusted: tuple[str, ...] = ()
+    secret: str | None = None
+    vcpus: int = 0
+    unhook_s: int = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +208,7 @@ class StateDir:
         except OSError as error:
             raise StateError(f"cannot read {path}: {error.strerror}") from error
         try:
-            return _decode(json.loads(raw), kind)
+            return decode(json.loads(raw), kind)
         except (ValueError, TypeError, RecursionError) as error:
             raise StateError(f"{path} is damaged ({error}); remove it") from error
 
@@ -226,7 +235,12 @@ def _is_same_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _decode(value: object, kind: type[_Record]) -> _Record:
+def decode(value: object, kind: type[_Record]) -> _Record:
+    """Return the record of which *value* are the fields, as JSON has them.
+
+    Raises
+        ValueError, TypeError  it is none.
+    """
     if not isinstance(value, dict):
         raise TypeError("not an object")
     fields = {}

@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytest_plugins = ["live_support"]
+pytest_plugins = ["live_support", "two_hosts"]
 
 REQUIRE_VARIABLE = "KVMI_TEST_REQUIRE"
 

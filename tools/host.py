@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import installer
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.state import STATE_DIR, StateDir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 LIBVIRT_SOCKET: Final = Path("/run/libvirt/libvirt-sock")
 VIRTLOGD_SOCKET: Final = Path("/run/libvirt/virtlogd-sock")
@@ -63,10 +64,13 @@ def answers(path: Path) -> bool:
     return True
 
 
-def start_daemon(program: str, sock: Path) -> None:
-    """Start *program* -d and wait until it listens on *sock*."""
+def start_daemon(program: str, sock: Path, *, within: Sequence[str] = ()) -> None:
+    """Start *program* -d and wait until it listens on *sock*.
+
+    *within* is the command that enters another host's namespaces; *sock* as seen from here.
+    """
     result = subprocess.run(
-        [program, "-d"],
+        [*within, program, "-d"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -80,11 +84,11 @@ def start_daemon(program: str, sock: Path) -> None:
     wait_for(lambda: answers(sock), what=f"{program} listens on {sock}")
 
 
-def wait_until_ready() -> None:
+def wait_until_ready(uri: str = "qemu:///system") -> None:
     """Wait until libvirtd serves clients: before that it also ignores SIGHUP."""
     try:
         subprocess.run(
-            ["virsh", "-q", "-c", "qemu:///system", "version"],
+            ["virsh", "-q", "-c", uri, "version"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -226,6 +230,21 @@ def hook_installed() -> Iterator[Path]:
         if made_dir:
             with contextlib.suppress(OSError):
                 installer.HOOK_DIR.rmdir()
+
+
+@contextlib.contextmanager
+def host_policy(text: str, path: Path = HOST_POLICY_PATH) -> Iterator[None]:
+    """Have a host policy for the block; put back what was there before."""
+    before = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    write(path, text).chmod(0o644)
+    try:
+        yield
+    finally:
+        if before is None:
+            path.unlink()
+        else:
+            path.write_bytes(before)
 
 
 @contextlib.contextmanager

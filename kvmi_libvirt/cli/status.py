@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.cli.target import state_dir
-from kvmi_libvirt.errors import ExitCode, StateError, TargetError, TargetNotFound
-from kvmi_libvirt.introspect import is_same_process, verified
-from kvmi_libvirt.newtypes import Pid
-from kvmi_libvirt.qemu.process import Process
+from kvmi_libvirt.errors import ExitCode, StateError, TargetNotFound
+from kvmi_libvirt.introspect import look_at, public_fields
 
 if TYPE_CHECKING:
     import argparse
@@ -28,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> ExitCode:
     """Print what is recorded, checked against what can be seen now."""
     problems: list[StateError] = []
-    states = [verified(state) for state in state_dir().all(problems.append) if _runs(state)]
+    states = [seen for state in state_dir().all(problems.append) if (seen := look_at(state))]
     for problem in problems:
         print(f"kvmi-libvirt: {problem}", file=sys.stderr)
     _show(args, states)
@@ -68,32 +66,6 @@ def _show(args: argparse.Namespace, states: list[VmState]) -> None:
     for state in states:
         if state.error:
             print(f"{state.domain}: {state.error}")
-
-
-def _runs(state: VmState) -> bool:
-    # A VM may have ended while libvirtd was down, so that no hook cleaned up.
-    try:
-        with Process(Pid(state.pid)) as process:
-            return is_same_process(state, process)
-    except TargetError:
-        return False
-
-
-def public_fields(state: VmState) -> dict[str, object]:
-    """Return the fields ``status --json`` promises, in their order."""
-    return {
-        "domain": state.domain,
-        "uuid": state.uuid,
-        "pid": state.pid,
-        "abi": state.abi,
-        "mode": state.mode,
-        "state": state.state,
-        "source": state.source,
-        "commands": list(state.commands),
-        "events": list(state.events),
-        "since": state.since,
-        "error": state.error,
-    }
 
 
 def summary(state: VmState) -> str:

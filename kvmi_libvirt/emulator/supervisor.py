@@ -62,6 +62,9 @@ LIVENESS_INTERVAL_S: Final = 0.25
 So are callers that wait: nothing tells when one is killed either.
 """
 
+LOOKS_A_TURN: Final = 64
+"""How many of them at most; where there are more, each waits for its turn."""
+
 _WORD: Final = 0xFFFFFFFF
 _SET_REGION: Final = (KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2)
 
@@ -140,86 +143,118 @@ class Supervisor:
         self._registry = Registry(stand_in=stand_in)
         self._ioctls = {abi.request(ioctl): ioctl for ioctl in Ioctl}
         self._buffer = ctypes.create_string_buffer(linux.seccomp_notif_sizes().seccomp_notif)
+        self._epoll = select.epoll()
+        self._epoll.register(listener, select.EPOLLIN)
+        self._pidfds: dict[int, Process] = {}
+        # Of each channel, by its fd: whose it is, what it waits for, and until when.
+        self._hooked: dict[int, Vm] = {}
+        self._interests: dict[int, int] = {}
+        self._deadlines: dict[int, float] = {}
         self._next_look = 0.0
+        self._to_look_at: list[int] = []
 
     def __enter__(self) -> Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._registry.close()
+        self._epoll.close()
 
     def run(self) -> None:
-        """Serve until no task uses the filter any more. Blocks in poll(2) only."""
+        """Serve until no task uses the filter any more. Blocks in epoll_wait(2) only."""
         while self._serve_once():
             pass
 
     def _serve_once(self) -> bool:
-        channels = {vm.channel.fd: vm for vm in self._registry.vms if vm.channel is not None}
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        pidfds = self._registry.pidfds()
-        for pidfd in pidfds:
-            poll.register(pidfd, select.POLLIN)
-        for fd, vm in channels.items():
-            if vm.channel is not None:
-                poll.register(fd, vm.channel.interest)
-        ready = dict(poll.poll(self._timeout_ms(channels)))
-
+        # A turn costs the same however many VMs there are: only who is ready counts.
+        ready = dict(self._epoll.poll(self._timeout_s()))
+        listener = ready.pop(self._listener, 0)
         # First of all, so that a process number that was reused is not mistaken.
-        for pidfd in pidfds:
-            if pidfd in ready:
-                self._registry.process_ended(pidfd)
-        listener = ready.get(self._listener, 0)
-        if listener & select.POLLIN:
+        for pidfd in ready.keys() & self._pidfds.keys():
+            self._process_ended(pidfd)
+            del ready[pidfd]
+        if listener & select.EPOLLIN:
             self._serve_notification()
         elif listener:
             return False
-        for fd, vm in channels.items():
-            self._serve_channel(vm, fd, ready.get(fd, 0))
-        self._look_after_vms()
+        for fd, mask in ready.items():
+            self._serve_channel(fd, mask)
+        if self._deadlines:
+            now = time.monotonic()
+            for fd in [fd for fd, at in self._deadlines.items() if at <= now]:
+                self._serve_channel(fd, 0)
+        if self._hooked or self._locks:
+            self._look_after_vms()
         for lock in list(self._locks):
             self._settle(lock)
         return True
 
-    def _timeout_ms(self, channels: dict[int, Vm]) -> int | None:
-        if not channels and not self._locks:
+    def _timeout_s(self) -> float | None:
+        if not self._hooked and not self._locks:
             return None
-        wanted = [self._next_look]
-        for vm in channels.values():
-            if vm.channel is not None and vm.channel.deadline is not None:
-                wanted.append(vm.channel.deadline)
-        remaining_s = min(wanted) - time.monotonic()
-        return int(remaining_s * 1000) + 1 if remaining_s > 0 else 0
+        wanted = min(self._deadlines.values(), default=self._next_look)
+        return max(0.0, min(wanted, self._next_look) - time.monotonic())
+
+    def _process_ended(self, pidfd: int) -> None:
+        self._epoll.unregister(pidfd)
+        self._registry.process_ended(self._pidfds.pop(pidfd))
 
     def _look_after_vms(self) -> None:
         now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + LIVENESS_INTERVAL_S
-            self._registry.prune()
-            for lock in self._locks:
-                if not self._is_waiting(lock.holder.notification):
-                    lock.channel.close()
+        if now < self._next_look:
+            return
+        self._next_look = now + LIVENESS_INTERVAL_S
+        if not self._to_look_at:
+            self._to_look_at = list(self._hooked)
+        looked_at = self._to_look_at[-LOOKS_A_TURN:]
+        del self._to_look_at[-LOOKS_A_TURN:]
+        self._registry.prune([self._hooked[fd] for fd in looked_at if fd in self._hooked])
+        for lock in self._locks:
+            if not self._is_waiting(lock.holder.notification):
+                lock.channel.close()
 
     # -- the tools ---------------------------------------------------------------------
 
-    def _serve_channel(self, vm: Vm, fd: int, ready: int) -> None:
-        channel = vm.channel
-        if channel is None or channel.fd != fd:  # unhooked, or pruned, a moment ago
-            return
-        deadline = channel.deadline
-        if not ready and (deadline is None or deadline > time.monotonic()):
+    def _serve_channel(self, fd: int, ready: int) -> None:
+        vm = self._hooked.get(fd)
+        if vm is None or vm.channel is None:  # unhooked, or pruned, a moment ago
             return
         try:
-            channel.turn(ready)
+            vm.channel.turn(ready)
         except Exception as error:
             self._trace.failure(f"channel closed: {error!r}")
-            channel.close()
+            vm.channel.close()
         self._note_death(vm)
+        self._watch(vm)
 
     def _note_death(self, vm: Vm) -> None:
         if vm.channel is not None and not vm.channel.is_open:
             vm.channel = None
             self._kernel.channel_died(vm.state)
+
+    def _watch(self, vm: Vm) -> None:
+        # To be called whenever something was done to the channel.
+        channel = vm.channel
+        if channel is None or not channel.is_open:
+            return
+        fd, interest, deadline = channel.fd, channel.interest, channel.deadline
+        if fd not in self._hooked:
+            self._epoll.register(fd, interest)
+        elif interest != self._interests[fd]:
+            self._epoll.modify(fd, interest)
+        self._hooked[fd] = vm
+        self._interests[fd] = interest
+        if deadline is not None:
+            self._deadlines[fd] = deadline
+        else:
+            self._deadlines.pop(fd, None)
+
+    def _forget_channel(self, fd: int) -> None:
+        # The file lives on in QEMU: closing our copy does not take it out of the epoll.
+        if self._hooked.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+            self._interests.pop(fd)
+            self._deadlines.pop(fd, None)
 
     # -- the ioctls --------------------------------------------------------------------
 
@@ -282,7 +317,10 @@ class Supervisor:
         request = notification.data.args[1] & _WORD
         fd = RemoteFd(notification.data.args[0] & _WORD)
         process = self._registry.process_of(tid)
-        kind = process.kind_of(tid, fd)
+        if process.pidfd not in self._pidfds:
+            self._pidfds[process.pidfd] = process
+            self._epoll.register(process.pidfd, select.EPOLLIN)
+        kind = FdKind.VM if self._registry.known(tid, fd) else process.kind_of(tid, fd)
         if kind is FdKind.OTHER:
             self._require_waiting(notification)
             return _LET_THROUGH
@@ -403,6 +441,7 @@ class Supervisor:
             channel = self._take_socket(vm, call.process, call.tid, RemoteFd(outcome.fd))
             answer = self._kernel.complete_hook(vm.state, outcome, is_socket=channel is not None)
             vm.channel = channel
+            self._watch(vm)
             return answer
         if isinstance(outcome, SendUnhookEvent):
             return self._preunhook(call, outcome.seq)
@@ -416,6 +455,7 @@ class Supervisor:
         channel = call.vm.channel
         if channel is not None:
             channel.send_event(seq)
+            self._watch(call.vm)
             if channel.event_sent is None:
                 self._locks.append(_Lock(holder=call, channel=channel))
                 return None
@@ -459,7 +499,8 @@ class Supervisor:
                 return None
             raise
         try:
-            return Channel(copy, service_for(self._kernel.abi, vm.state, vm))
+            service = service_for(self._kernel.abi, vm.state, vm)
+            return Channel(copy, service, released=self._forget_channel)
         except OSError:
             return None
 

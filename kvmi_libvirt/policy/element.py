@@ -26,36 +26,28 @@ if TYPE_CHECKING:
 
     from lxml import etree
 
-    from kvmi_libvirt.policy.facts import NovaFacts
     from kvmi_libvirt.policy.reading import Profile
 
 ELEMENT: Final = "introspection"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Domain:
+class Domain(facts.Identity):
     """What is needed of a libvirt domain.
 
     Parameters
-        name          "" when the document has none
         uuid          lower case with dashes, "" when the document has none
         vcpus         online at start
         memory_bytes  total guest memory, 0 when the document has none
         machine       for example "pc-q35-7.2", "" when the document has none
         policy        None when the domain carries no introspection element
-        nova          what OpenStack says of it, None for a domain of anybody else
-        vmid          of a Proxmox VE machine, None for any other
         origin        file name or description of the document, for messages
     """
 
-    name: str
-    uuid: str
     vcpus: int
     memory_bytes: int
     machine: str
     policy: Policy | None
-    nova: NovaFacts | None = None
-    vmid: int | None = None
     origin: str = field(default="", compare=False)
 
 

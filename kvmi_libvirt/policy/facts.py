@@ -43,6 +43,23 @@ class NovaFacts:
     project: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who a virtual machine is: all that an assignment of the host can select it by.
+
+    Parameters
+        name  "" when it has none
+        uuid  in any spelling, "" when it has none
+        nova  what OpenStack says of it, None for a machine of anybody else
+        vmid  of a Proxmox VE machine, None for any other
+    """
+
+    name: str = ""
+    uuid: str = ""
+    nova: NovaFacts | None = None
+    vmid: int | None = None
+
+
 def nova_facts(domain: etree._Element) -> NovaFacts | None:
     """Return what nova wrote into *domain*'s first metadata, or None if it did not."""
     metadata = domain.find("metadata")

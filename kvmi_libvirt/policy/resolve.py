@@ -18,6 +18,7 @@ from kvmi_libvirt.policy.model import Reason, Rights
 
 if TYPE_CHECKING:
     from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.facts import Identity
     from kvmi_libvirt.policy.limits import Ceiling, HostPolicy
     from kvmi_libvirt.policy.model import Policy
 
@@ -40,17 +41,31 @@ def decide(xml: bytes, host: HostPolicy, *, source: str) -> tuple[Domain, Policy
     return domain, resolve(domain, host)
 
 
+def decide_for(who: Identity, host: HostPolicy) -> Policy | None:
+    """Return the policy *host* assigns to *who*, or None for no introspection.
+
+    For a machine that has no domain XML, such as one of Proxmox VE, known by its VMID,
+    its name or its UUID: without an element of its own it gets what the host assigns,
+    and nothing else. Not for a libvirt domain, whose element may count: use decide().
+
+    Raises
+        PolicyRefused  the host assigns what it does not allow itself.
+    """
+    assigned = host.assignment(who)
+    if assigned is None:
+        return None
+    return permit(assigned.policy, host, source=host.path or "host policy")
+
+
 def resolve(domain: Domain, host: HostPolicy) -> Policy | None:
     """Return the policy *domain* gets on *host*, or None for no introspection.
 
     Raises
         PolicyRefused  the domain asks for something the host does not allow.
     """
-    assigned = host.assignment(domain)
-    if assigned is not None:
-        return permit(assigned.policy, host, source=host.path or "host policy")
-    if domain.policy is None:
-        return None
+    assigned = decide_for(domain, host)
+    if assigned is not None or domain.policy is None:
+        return assigned
     source = domain.origin or f"domain XML of {domain.name}"
     return permit(domain.policy, host, source=source)
 

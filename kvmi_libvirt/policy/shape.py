@@ -4,7 +4,7 @@
 The schemas in ``xml-schemas/`` alone accept or refuse. Their own messages speak
 of patterns and sequences, so a refused element is looked at again with the tables
 of ``shapes.py``; a test holds the two against each other.
-Imports datafiles, errors, lxml.
+Imports abi, datafiles, errors, lxml.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Final
 
 from lxml import etree
 
+from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS
 from kvmi_libvirt.datafiles import data_file
 from kvmi_libvirt.policy.document import line_of, prefix_of, split_name, tail_of, text_of
 from kvmi_libvirt.policy.findings import Finding
+from kvmi_libvirt.policy.groups import GROUPS
 from kvmi_libvirt.policy.model import NAMESPACE
 from kvmi_libvirt.policy.shapes import ALL_SHAPES, Attribute, Occurs, Shape
 from kvmi_libvirt.quoting import quoted, shortened
@@ -116,10 +118,20 @@ def _attribute_findings(element: etree._Element, shape: Shape) -> Iterator[Findi
             yield _finding(element, _unknown_attribute(element, name, attributes))
         elif not known.pattern.fullmatch(value):
             strangers = True
-            text = f"{name}={quoted(value)} on {tag} is not possible; write {known.write}"
+            write = _instead(name, value) or known.write
+            text = f"{name}={_shown(element, value)} on {tag} is not possible; write {write}"
             yield _finding(element, text)
     if not strangers:
         yield from _lacking_attributes(element, shape, attributes)
+
+
+def _instead(name: str, value: str) -> str | None:
+    # A group in the place of a name, or the other way round.
+    if name == "name" and value in GROUPS:
+        return f'group="{value}"'
+    if name == "group" and value in ALL_COMMANDS | ALL_EVENTS:
+        return f'name="{value}"'
+    return None
 
 
 def _lacking_attributes(
@@ -159,11 +171,15 @@ def _unknown_attribute(
 def _text_findings(element: etree._Element) -> Iterator[Finding]:
     for text in (text_of(element), *map(tail_of, element)):
         if stripped := text.strip(_XML_SPACE):
-            # Somebody may have written the secret itself there: it must not be repeated.
-            shown = "(not shown)" if split(element)[1] == "secret" else quoted(stripped)
-            yield _finding(
-                element, f"text {shown} in {tag_of(element)}; only elements belong there"
+            text = (
+                f"text {_shown(element, stripped)} in {tag_of(element)}; only elements belong there"
             )
+            yield _finding(element, text)
+
+
+def _shown(element: etree._Element, text: str) -> str:
+    # Somebody may have written the secret itself there: it must not be repeated.
+    return "(not shown)" if split(element)[1] == "secret" else quoted(text)
 
 
 def _child_findings(element: etree._Element, shape: Shape) -> Iterator[Finding]:

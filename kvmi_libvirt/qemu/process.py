@@ -171,6 +171,8 @@ class Process:
     def require_uuid(self, uuid: str) -> None:
         """Raise TargetChanged unless the command line carries ``-uuid`` with *uuid*."""
         arguments = self.command_line()
+        if not arguments:  # its memory went first
+            raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid)
         for option, value in itertools.pairwise(arguments):
             if option == "-uuid" and value.lower() == uuid.lower():
                 return

@@ -73,6 +73,11 @@ def start_deadline_timer() -> None:
     signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
 
 
+def stop_deadline_timer() -> None:
+    """End what :func:`start_deadline_timer` began: an idle process must not wake up."""
+    signal.setitimer(signal.ITIMER_REAL, 0, 0)
+
+
 class Tracee:
     """The parked main thread of *process*, from :meth:`attach` to :meth:`release`.
 

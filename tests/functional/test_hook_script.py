@@ -561,7 +561,8 @@ def test_a_bad_policy_is_refused_with_its_line_or_logged(whole: Helper) -> None:
     code, text = verdict(call(whole.script, "prepare", whole_domain("required", body="")))
     assert code == 1
     assert re.fullmatch(
-        r"kvmi-libvirt: domain 'db1' requires introspection: XML of domain 'db1':1: .*\n", text
+        r".* \(XML of domain 'db1':1\); domain 'db1' requires introspection \(kvmi-libvirt\)\n",
+        text,
     )
 
     assert verdict(call(whole.script, "prepare", whole_domain("optional", body=""))) == (0, "")

@@ -17,7 +17,7 @@ import host
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 VIRSH = ("virsh", "-q", "-c", "qemu:///system")
 NAMESPACE = "urn:kvmi-libvirt:introspection:1.0"
@@ -86,15 +86,22 @@ class Vm:
             [*VIRSH, *arguments], capture_output=True, text=True, timeout=60, check=False
         )
 
-    def define(self, metadata: str = "", *, emulator: Path | str | None = None) -> None:
-        """Define the domain with *metadata*."""
+    def define(
+        self,
+        metadata: str = "",
+        *,
+        emulator: Path | str | None = None,
+        devices: str = "",
+        max_vcpus: int = 2,
+    ) -> None:
+        """Define the domain with *metadata*, two vCPUs, and more *devices*."""
         xml = f"""
 <domain type='kvm'>
   <name>{self.name}</name>
   <uuid>{self.uuid}</uuid>
   <metadata>{metadata}</metadata>
   <memory unit='MiB'>32</memory>
-  <vcpu>2</vcpu>
+  <vcpu current='2'>{max_vcpus}</vcpu>
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
     <loader readonly='yes' type='rom'>{self.host.rom}</loader>
@@ -103,10 +110,14 @@ class Vm:
   <devices>
     <emulator>{emulator or self.host.emulator}</emulator>
     <serial type='file'><source path='{self.serial}'/></serial>
-    <memballoon model='none'/>
+    <memballoon model='none'/>{devices}
     <controller type='usb' model='none'/>
   </devices>
 </domain>"""
+        self.define_xml(xml)
+
+    def define_xml(self, xml: str) -> None:
+        """Define the domain as *xml* says, which must have its name and uuid."""
         result = subprocess.run(
             [*VIRSH, "define", "/dev/stdin"],
             input=xml,
@@ -187,9 +198,13 @@ class Tool:
 
 
 @contextlib.contextmanager
-def probe(socket_path: Path, *options: str) -> Iterator[Tool]:
-    """Run a probe that listens on *socket_path* for the block."""
+def probe(socket_path: Path, *options: str, within: Sequence[str] = ()) -> Iterator[Tool]:
+    """Run a probe that listens on *socket_path* for the block.
+
+    *within* is the command that enters another host's namespaces.
+    """
     command = [
+        *within,
         str(BIN / "kvmi-libvirt"),
         "probe",
         "--listen",

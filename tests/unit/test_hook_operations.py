@@ -177,14 +177,14 @@ def test_the_reason_is_one_line_that_names_the_domain(hook: Hook, kind: str) -> 
 
     assert veto is not None
     assert "\n" not in veto
-    assert veto.startswith(f"kvmi-libvirt: domain '{NAME}' requires introspection: ")
+    assert veto.endswith(f"; domain '{NAME}' requires introspection (kvmi-libvirt)")
 
 
 def test_the_reason_tells_the_line_and_what_to_write(hook: Hook) -> None:
     veto = hook.run(NAME, "prepare", DOMAINS["invalid required"])
 
     assert veto is not None
-    assert f"XML of domain '{NAME}':1: " in veto
+    assert f"(XML of domain '{NAME}':1)" in veto
 
 
 def test_an_optional_failure_is_logged(hook: Hook, caplog: pytest.LogCaptureFixture) -> None:
@@ -212,7 +212,7 @@ def test_what_the_host_forbids_is_refused(
     assert hook.run(NAME, operation, DOMAINS["optional"]) is None
     veto = hook.run(NAME, operation, DOMAINS["required"])
     assert veto is not None
-    assert veto.endswith("/etc/x: not on this host")
+    assert veto.startswith("not on this host (/etc/x); ")
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "no")])
@@ -484,7 +484,11 @@ def call_main(argv: list[str], xml: bytes, tmp_path: Path) -> tuple[int, str, st
 def quiet_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hook_module, "StateDir", lambda: StateDir(tmp_path / "state"))
     monkeypatch.setattr(hooklog, "start", lambda: None)
-    monkeypatch.setattr(Hook.__init__, "__kwdefaults__", {"state": None, "run_dir": tmp_path})
+    monkeypatch.setattr(
+        Hook.__init__,
+        "__kwdefaults__",
+        {**(Hook.__init__.__kwdefaults__ or {}), "run_dir": tmp_path},
+    )
 
 
 @pytest.mark.usefixtures("quiet_main")

@@ -21,8 +21,10 @@ from kvmi_libvirt.plan import (
     Step,
     grants_after,
     make_plan,
+    names_of,
     unhook_plan,
 )
+from kvmi_libvirt.policy.explain import ALLOWED, explain
 from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
 
 V12, V11, V7, DOUBT = map(by_name, ("v12", "v11", "v7", "v11-or-v12"))
@@ -330,6 +332,26 @@ def test_demands_are_refused_exactly_when_the_revision_lacks_them(
         assert all(name in str(caught.value) for name in lacking)
     else:
         make_plan(some, abi, current)
+
+
+@given(strategies.policies(), abis)
+def test_explanation_says_yes_to_exactly_what_the_plan_grants(some: Policy, abi: KvmiAbi) -> None:
+    try:
+        plan = make_plan(some, abi, None)
+    except UnsupportedByKernel:
+        plan = make_plan(tolerant(some), abi, None)
+    granted = names_of(grants_after(plan, None), abi)
+    for decisions, names, everything in zip(
+        explain(some, abi),
+        granted,
+        (some.commands.everything, some.events.everything),
+        strict=True,
+    ):
+        said = {d.name for d in decisions if d.verdict == ALLOWED and d.in_kernel}
+        assert said == set(names)
+        doubted = {d.name for d in decisions if d.in_kernel is None}
+        assert doubted == ({GFN, ACCESS} & {d.name for d in decisions} if abi is DOUBT else set())
+        assert everything or not doubted & set(names)
 
 
 @given(st.data(), st.booleans())

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvmi_libvirt.errors import PolicyError, PolicyRefused
 from kvmi_libvirt.policy import rules
 from kvmi_libvirt.policy.element import Domain, parse_domain
+from kvmi_libvirt.policy.facts import Identity
 from kvmi_libvirt.policy.globs import matches, path_matches
 from kvmi_libvirt.policy.host import (
     HOST_POLICY_PATH,
@@ -22,7 +23,7 @@ from kvmi_libvirt.policy.host import (
     load_host_policy,
     parse_host_policy,
 )
-from kvmi_libvirt.policy.limits import Ceiling
+from kvmi_libvirt.policy.limits import Assignment, Ceiling, Match
 from kvmi_libvirt.policy.model import (
     NAMESPACE,
     Mode,
@@ -33,7 +34,7 @@ from kvmi_libvirt.policy.model import (
     UnixSource,
     VsockSource,
 )
-from kvmi_libvirt.policy.resolve import decide, permit, resolve, trim
+from kvmi_libvirt.policy.resolve import decide, decide_for, permit, resolve, trim
 
 UUID = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
 PROJECT = "b1d2c3e4f5a647b8a9c0d1e2f3a4b5c6"
@@ -256,6 +257,46 @@ def test_vmid_of_a_proxmox_machine_is_a_selector() -> None:
     machine = dataclasses.replace(domain(None), vmid=104)
     assert resolve(machine, some) is not None
     assert resolve(dataclasses.replace(machine, vmid=105), some) is None
+
+
+@pytest.mark.parametrize(
+    ("match", "who", "fits"),
+    [
+        ('proxmox-vmid="104"', Identity(vmid=104), True),
+        ('proxmox-vmid="104"', Identity(vmid=1040), False),
+        ('proxmox-vmid="104"', Identity(name="104", uuid=UUID), False),
+        ('name="db-*"', Identity(vmid=104, name="db-1"), True),
+        ('name="db-*"', Identity(vmid=104), False),
+        (f'uuid="{UUID}"', Identity(vmid=104, uuid=UUID.upper().replace("-", "")), True),
+        (f'uuid="{UUID}"', Identity(vmid=104), False),
+        ('proxmox-vmid="104" name="db-*"', Identity(vmid=104, name="web"), False),
+        ('nova-flavor="*"', Identity(vmid=104, name="db-1", uuid=UUID), False),
+    ],
+)
+def test_machine_without_domain_xml_gets_what_the_host_assigns(
+    match: str, who: Identity, fits: bool
+) -> None:
+    some = host(f'<assign mode="required"><match {match}/>{SOURCE}</assign>')
+    policy = decide_for(who, some)
+    assert policy == (some.assignments[0].policy if fits else None)
+
+
+def test_machine_without_domain_xml_is_held_against_the_ceiling_too() -> None:
+    # parse_host_policy() refuses such a file; a host policy built otherwise must not slip by.
+    limit = Ceiling(commands=Rights(allowed=frozenset({READ})), events=Rights(), trim=True)
+    assigned = Assignment(matches=(Match(proxmox_vmid=104),), policy=asking(READ, WRITE))
+    some = HostPolicy(assignments=(assigned,), ceiling=limit, kernel_abi="v7")
+    policy = decide_for(Identity(vmid=104), some)
+    assert policy is not None
+    assert policy.commands.allowed == {READ}
+    assert policy.kernel_abi == "v7"
+    strict = dataclasses.replace(some, ceiling=dataclasses.replace(limit, trim=False))
+    with pytest.raises(PolicyRefused, match=f"{WRITE} is above this host's ceiling"):
+        decide_for(Identity(vmid=104), strict)
+
+
+def test_machine_without_domain_xml_gets_nothing_on_a_host_without_a_policy() -> None:
+    assert decide_for(Identity(vmid=104, name="db-1", uuid=UUID), HostPolicy()) is None
 
 
 def test_nova_metadata_elsewhere_than_libvirt_keeps_it_does_not_count() -> None:

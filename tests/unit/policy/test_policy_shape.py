@@ -86,6 +86,20 @@ def test_every_finding_is_one_printable_line(text: str) -> None:
         assert finding.line is not None
 
 
+@pytest.mark.parametrize(
+    ("rule", "write"),
+    [
+        ('name="memory-read"', 'write group="memory-read"'),
+        ('name="memory-reed"', "write name= with one of the names"),
+        ('group="KVMI_VM_GET_INFO"', 'write name="KVMI_VM_GET_INFO"'),
+        ('group="KVMI_X"', "write group= with one of query, "),
+    ],
+)
+def test_group_and_name_in_each_others_place_are_told_so(rule: str, write: str) -> None:
+    (finding,) = shape_findings(element(f"{SOURCE}<commands><allow {rule}/></commands>"))
+    assert write in finding.message
+
+
 def defines_of(name: str) -> dict[str | None, etree._Element]:
     return {
         d.get("name"): d for d in etree.parse(str(data_file(name))).getroot().iter(f"{RNG}define")

@@ -1,0 +1,579 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep every VM's introspection as its policy says.
+
+Events only mark a VM as due; a job then compares what is wanted with what is, and
+does what is needed. So it does not matter in which order events come, whether some
+are lost, or what the agent did before it was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kvmi_libvirt import introspect
+from kvmi_libvirt import state as st
+from kvmi_libvirt.agent.decide import Backoff, Step
+from kvmi_libvirt.agent.tracing import reach
+from kvmi_libvirt.agent.vm import Vm, pack
+from kvmi_libvirt.errors import KvmiLibvirtError, StateError
+from kvmi_libvirt.sockdiag import open_unix_streams
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from kvmi_libvirt.agent.domains import Domains
+    from kvmi_libvirt.agent.inotify import Directories
+    from kvmi_libvirt.agent.jobs import Outcome
+    from kvmi_libvirt.agent.metrics import Metrics
+    from kvmi_libvirt.agent.notify import Notifier
+    from kvmi_libvirt.agent.pool import Pool
+    from kvmi_libvirt.agent.settings import Settings
+    from kvmi_libvirt.agent.watch import Watcher
+    from kvmi_libvirt.libvirtio import RunningDomain
+
+logger = logging.getLogger(__name__)
+
+JOB_S: Final = 45.0
+"""For one job: a handshake of at most 30 s, and visits to QEMU."""
+
+TOOL_LEFT: Final = "the tool has closed its channel"
+
+_FLAP_S: Final = 10.0
+_FLAP_BACKOFF: Final = Backoff(first_s=1.0, last_s=60.0)
+_CHANNEL_PREFIX: Final = "channel-"
+
+
+class Keeper:
+    """All VMs, and what is done about them. Lives in the event loop.
+
+    Parameters
+        settings     how the agent runs
+        domains      where VMs are found
+        pool         runs jobs
+        watcher      of channels and processes
+        directories  of tools' sockets and of our own records
+        notifier     keeps channels over a restart
+        metrics      counts
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        domains: Domains,
+        pool: Pool,
+        watcher: Watcher,
+        directories: Directories,
+        notifier: Notifier,
+        metrics: Metrics,
+    ) -> None:
+        """No VM is known yet."""
+        self._settings = settings
+        self._domains = domains
+        self._pool = pool
+        self._watcher = watcher
+        self._directories = directories
+        self._notifier = notifier
+        self._metrics = metrics
+        self._state = st.StateDir(settings.state_dir)
+        self._vms: dict[str, Vm] = {}
+        self._kept: dict[str, int] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._listing: asyncio.Task[None] | None = None
+        self._must_list = False
+        self._is_closing = False
+        self._pending: set[asyncio.Task[None]] = set()  # else they may be collected
+
+    # -- life ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Take over the channels kept for us, and look at every VM."""
+        for name, fd in self._notifier.kept().items():
+            if name.startswith(_CHANNEL_PREFIX):
+                self._kept[name.removeprefix(_CHANNEL_PREFIX)] = fd
+            else:
+                os.close(fd)
+        self._directories.watch(str(self._settings.state_dir), self._record_changed)
+        self._directories.watch(str(self._settings.run_dir), self._status_changed)
+        self._domains.start(self)
+        reach("started")
+
+    async def close(self) -> None:
+        """Stop working; every VM stays as it is, hooked or not."""
+        self._is_closing = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        tasks = [self._listing, *self._pending, *(vm.task for vm in self._vms.values())]
+        for task in tasks:
+            if task is not None:
+                task.cancel()
+        for task in tasks:
+            if task is not None:
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+        for vm in self._vms.values():
+            vm.stop_retry()
+
+    @property
+    def vms(self) -> dict[str, Vm]:
+        """Return all VMs by uuid."""
+        return self._vms
+
+    @property
+    def sees_domains(self) -> bool:
+        """Say whether running domains can be asked for now."""
+        return self._domains.is_there
+
+    @property
+    def busy(self) -> int:
+        """Return how many VMs are due or being worked on."""
+        return sum(vm.is_due or vm.turn.locked() for vm in self._vms.values())
+
+    def status(self) -> list[dict[str, object]]:
+        """Return what is known of every VM with a record, by name."""
+        found = []
+        for vm in sorted(self._vms.values(), key=lambda vm: (vm.name, vm.uuid)):
+            if vm.record is not None:
+                fields = introspect.public_fields(vm.record)
+                fields["error"] = vm.error or fields["error"]
+                found.append(fields)
+        return found
+
+    def policies_changed(self) -> None:
+        """Look at every VM: the host's policy may say something else now."""
+        for vm in self._vms.values():
+            vm.tries = 0
+            self.look(vm)
+        self.all_changed()
+
+    # -- what is reported ------------------------------------------------------------
+
+    def changed(self, uuid: str) -> None:
+        """Look at a domain again, its XML included."""
+        self._spawn(self._fetch(uuid))
+
+    def resumed(self, uuid: str) -> None:
+        """Try at once: a hook that failed since no vCPU ran can succeed now."""
+        vm = self._vms.get(uuid)
+        if vm is not None and vm.retry is not None:
+            self._retry_now(vm)
+
+    def stopped(self, uuid: str) -> None:
+        """Forget a domain whose process has ended."""
+        vm = self._vms.get(uuid)
+        if vm is not None and not self._runs(vm):
+            self._forget(vm)
+
+    def all_changed(self) -> None:
+        """Look at everything."""
+        self._must_list = True
+        if self._listing is None or self._listing.done():
+            self._listing = asyncio.create_task(self._list())
+
+    async def _list(self) -> None:
+        while self._must_list and not self._is_closing:
+            self._must_list = False
+            try:
+                running = await self._domains.running()
+            except KvmiLibvirtError as error:
+                logger.warning("%s", error)
+                return
+            for domain in running:
+                self._see(domain)
+            seen = {domain.uuid for domain in running}
+            for uuid, vm in tuple(self._vms.items()):
+                if uuid not in seen and not self._runs(vm):
+                    self._forget(vm)
+            self._drop_dead_records(seen)
+
+    def _drop_dead_records(self, running: set[str]) -> None:
+        # Of VMs that ended while neither libvirt's hook nor we looked.
+        for record in self._records():
+            is_known = record.uuid in running or record.uuid in self._vms
+            if not is_known and not introspect.process_runs(record):
+                self._remove_record(record.uuid)
+        for uuid in tuple(self._kept):
+            if uuid not in running:
+                os.close(self._kept.pop(uuid))
+                self._notifier.drop(_CHANNEL_PREFIX + uuid)
+
+    def _records(self) -> list[st.VmState]:
+        try:
+            return self._state.all(lambda problem: logger.warning("%s", problem))
+        except StateError as error:
+            logger.warning("%s", error)
+            return []
+
+    async def _fetch(self, uuid: str) -> None:
+        try:
+            domain = await self._domains.get(uuid)
+        except KvmiLibvirtError as error:
+            logger.warning("%s", error)
+            return
+        if domain is not None:
+            self._see(domain)
+        else:
+            self.stopped(uuid)
+
+    def _see(self, domain: RunningDomain) -> None:
+        vm = self._vms.get(domain.uuid)
+        packed = pack(domain.xml)
+        if vm is None:
+            vm = self._vms[domain.uuid] = Vm(domain.uuid, domain.name, packed)
+        elif vm.packed != packed:
+            vm.packed, vm.name, vm.tries = packed, domain.name, 0
+        self.look(vm)
+
+    def _record_changed(self, name: str | None) -> None:
+        # Somebody else's work, or the echo of our own: then there is nothing to do.
+        if name is None:
+            self.all_changed()
+            return
+        uuid, _, suffix = name.partition(".")
+        vm = self._vms.get(uuid)
+        if suffix != "json" or vm is None or vm.turn.locked():
+            return
+        with contextlib.suppress(StateError):
+            if self._state.load(uuid) != vm.record:
+                self.look(vm)
+
+    def _status_changed(self, name: str | None) -> None:
+        # libvirt wrote down a change of the VM: a vCPU may have come.
+        if name is None:
+            self.all_changed()
+            return
+        if not name.endswith(".xml"):
+            return
+        for vm in self._vms.values():
+            if vm.name == name.removesuffix(".xml"):
+                self._check_vcpus(vm)
+                return
+
+    def _check_vcpus(self, vm: Vm) -> None:
+        record = vm.record
+        if record is None or record.state != st.HOOKED:
+            return
+        with contextlib.suppress(KvmiLibvirtError, OSError):
+            seen = introspect.look_at(record)
+            if seen is not None and seen.error and seen.error != vm.error:
+                vm.error = seen.error
+                logger.error("domain %s: %s", vm.name, seen.error, extra=_fields(vm))
+
+    # -- one VM ----------------------------------------------------------------------
+
+    def look(self, vm: Vm) -> None:
+        """Compare what is wanted of *vm* with what is, soon, and do what is needed."""
+        vm.is_due = True
+        if (vm.task is None or vm.task.done()) and not self._is_closing:
+            vm.task = asyncio.create_task(self._serve(vm))
+
+    async def _serve(self, vm: Vm) -> None:
+        while vm.is_due and self._vms.get(vm.uuid) is vm:
+            async with vm.turn:
+                vm.is_due = False
+                vm.stop_retry()
+                reach("looked")
+                outcome = await self._pool.run(
+                    "reconcile", vm.argument(), vm.xml, timeout_s=JOB_S, urgent=False
+                )
+                reach("job-done")
+                self.take(vm, outcome)
+                if outcome.leaving_s is not None:
+                    await self._see_off(vm, outcome.leaving_s)
+
+    async def _see_off(self, vm: Vm, seconds: int) -> None:
+        # The tool was asked to let go: its channel ends when it has.
+        reach("leaving")
+        logger.info(
+            "domain %s: its tool was asked to let go, and has %d s",
+            vm.name,
+            seconds,
+            extra=_fields(vm),
+        )
+        if vm.channel is not None:
+            vm.closed = asyncio.Event()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(vm.closed.wait(), seconds)
+            vm.closed = None
+        else:
+            await self._until_closed(vm, seconds)
+        outcome = await self._pool.run("unhook", vm.argument(), b"", timeout_s=JOB_S, urgent=False)
+        self.take(vm, outcome)
+
+    async def _until_closed(self, vm: Vm, seconds: int) -> None:
+        # No copy of the channel: all that can be done is to ask.
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while loop.time() < deadline and vm.record is not None:
+            if vm.record.socket_inode not in open_unix_streams():
+                return
+            await asyncio.sleep(0.2)
+
+    def take(self, vm: Vm, outcome: Outcome) -> None:
+        """Remember what a job did, watch what is to be watched, plan what comes next."""
+        if outcome.is_gone:
+            self._close_channel(outcome)
+            if not self._runs(vm):
+                self._forget(vm)
+            return
+        before = vm.record, vm.error
+        vm.take(outcome)
+        self._metrics.note(outcome)
+        self._tell(vm, *before, outcome)
+        self._watch(vm, outcome)
+        if outcome.retry_s is not None:
+            self._plan_retry(vm, outcome.retry_s)
+        elif outcome.error is None:
+            vm.tries = 0
+        if outcome.step == Step.UNHOOK.value or (
+            outcome.step == Step.LEAVE.value and outcome.leaving_s is None and not outcome.error
+        ):
+            vm.is_due = True  # another tool may be wanted now
+
+    def _tell(self, vm: Vm, before: st.VmState | None, error: str | None, outcome: Outcome) -> None:
+        # One line an event: the tenth failure for the same reason is none.
+        record = vm.record
+        is_same_state = before is not None and record is not None and before.state == record.state
+        if record is None or (is_same_state and outcome.error in (None, error)):
+            return
+        if outcome.stall_us:
+            return  # hooked, and told with what it cost
+        line = f"domain {vm.name}: {record.state}"
+        if record.state == st.HOOKED:
+            line += f" by {record.source}, {len(record.commands)} commands"
+            line += f" and {len(record.events)} events allowed"
+        elif outcome.error or record.error:
+            line += f": {outcome.error or record.error}"
+        level = logging.INFO
+        if record.state in (st.FAILED, st.WAITING):
+            level = logging.ERROR if record.mode == "required" else logging.WARNING
+        logger.log(level, "%s", line, extra={**_fields(vm), "event": record.state})
+
+    def _watch(self, vm: Vm, outcome: Outcome) -> None:
+        record = vm.record
+        if record is None:
+            self._close_channel(outcome)
+            return
+        if vm.pidfd is None:
+            try:
+                vm.pidfd = os.pidfd_open(record.pid)
+            except OSError:
+                self._close_channel(outcome)
+                self._forget(vm)
+                return
+            self._watcher.watch_process(vm.pidfd, lambda: self._ended(vm))
+        if not record.socket_inode:
+            self._unwatch_channel(vm)
+            self._close_channel(outcome)
+            return
+        fd = outcome.channel if outcome.channel is not None else self._kept_channel(vm)
+        if fd is not None:
+            outcome.channel = None
+            self._unwatch_channel(vm)
+            self._notifier.keep(_CHANNEL_PREFIX + vm.uuid, fd)
+            vm.channel = fd
+            if outcome.stall_us:
+                vm.came_s = asyncio.get_running_loop().time()
+            self._watcher.watch_channel(fd, lambda: self._channel_ended(vm))
+        elif vm.channel is None:
+            self._sweep_later()
+        reach("watched")
+
+    def _kept_channel(self, vm: Vm) -> int | None:
+        # Kept by the service manager over our restart; it must still be the one.
+        fd = self._kept.pop(vm.uuid, None)
+        if fd is None or vm.record is None:
+            return None
+        if vm.channel is None and os.fstat(fd).st_ino == vm.record.socket_inode:
+            return fd
+        os.close(fd)
+        return None
+
+    @staticmethod
+    def _close_channel(outcome: Outcome) -> None:
+        if outcome.channel is not None:
+            os.close(outcome.channel)
+            outcome.channel = None
+
+    def _unwatch_channel(self, vm: Vm) -> None:
+        if vm.channel is not None:
+            self._watcher.forget(vm.channel)
+            vm.channel = None
+            self._notifier.drop(_CHANNEL_PREFIX + vm.uuid)
+
+    def _channel_ended(self, vm: Vm) -> None:
+        vm.channel = None
+        self._notifier.drop(_CHANNEL_PREFIX + vm.uuid)
+        if vm.closed is not None:
+            vm.closed.set()
+            return
+        self._metrics.tool_left()
+        vm.tries = 0
+        self._note_departure(vm)
+        loop = asyncio.get_running_loop()
+        # A tool that comes and goes is not run after: each time it gets twice as long.
+        is_flap = loop.time() - vm.came_s < _FLAP_S
+        vm.flaps = vm.flaps + 1 if is_flap else 0
+        if vm.flaps > 1:
+            vm.stop_retry()
+            vm.retry = loop.call_later(_FLAP_BACKOFF.delay_s(vm.flaps - 1), self._retry_now, vm)
+        else:
+            self.look(vm)
+
+    def _note_departure(self, vm: Vm) -> None:
+        # Nothing is in force any more, whatever the ioctls would say.
+        record = vm.record
+        if record is None or record.state != st.HOOKED:
+            return
+        vm.record = dataclasses.replace(
+            record, state=st.WAITING, commands=(), events=(), all_ids=(), error=TOOL_LEFT
+        )
+        vm.error = TOOL_LEFT
+        level = logging.ERROR if record.mode == "required" else logging.WARNING
+        logger.log(
+            level, "domain %s: %s", vm.name, TOOL_LEFT, extra={**_fields(vm), "event": "left"}
+        )
+        with contextlib.suppress(StateError), self._state.locked(vm.uuid, deadline=0.0):
+            if self._state.load(vm.uuid) == record:
+                self._state.save(vm.record)
+
+    def _ended(self, vm: Vm) -> None:
+        vm.pidfd = None
+        self._forget(vm)
+
+    def _runs(self, vm: Vm) -> bool:
+        # Its process, not what libvirt says: an event may come late.
+        return vm.record is not None and introspect.process_runs(vm.record)
+
+    def _forget(self, vm: Vm) -> None:
+        vm.stop_retry()
+        self._unwatch_channel(vm)
+        if vm.pidfd is not None:
+            self._watcher.forget(vm.pidfd)
+            vm.pidfd = None
+        if self._vms.get(vm.uuid) is vm:
+            del self._vms[vm.uuid]
+        if vm.record is not None and not introspect.process_runs(vm.record):
+            self._remove_record(vm.uuid)
+        reach("forgotten")
+
+    def _remove_record(self, uuid: str) -> None:
+        # Never waits: whoever holds the lock is at work on it, or on its successor.
+        try:
+            with self._state.locked(uuid, deadline=0.0):
+                record = self._state.load(uuid)
+                if record is None or not introspect.process_runs(record):
+                    self._state.remove(uuid)
+        except StateError:
+            return
+
+    # -- trying again ----------------------------------------------------------------
+
+    def _plan_retry(self, vm: Vm, at_most_s: float) -> None:
+        vm.stop_retry()
+        vm.tries += 1
+        self._metrics.retry_planned()
+        delay = Backoff(last_s=at_most_s).delay_s(vm.tries)
+        delay *= random.uniform(0.8, 1.2)  # noqa: S311 - a thousand VMs must not try at once
+        vm.retry = asyncio.get_running_loop().call_later(delay, self._retry_now, vm)
+        if vm.record is not None and (vm.record.source or "").startswith("unix:"):
+            # A tool that comes back makes its socket anew: no need to wait for the timer.
+            directory = str(Path((vm.record.source or "").removeprefix("unix:")).parent)
+            self._directories.watch(directory, lambda name: self._socket_made(directory, name))
+        reach("retry-planned")
+
+    def _retry_now(self, vm: Vm) -> None:
+        vm.stop_retry()
+        self.look(vm)
+
+    def _socket_made(self, directory: str, name: str | None) -> None:
+        source = None if name is None else f"unix:{directory}/{name}"
+        for vm in self._vms.values():
+            if vm.retry is None or vm.record is None:
+                continue
+            if source is None or vm.record.source == source:
+                self._retry_now(vm)
+
+    # -- channels that cannot be watched ---------------------------------------------
+
+    def _sweep_later(self) -> None:
+        if self._sweeper is None and not self._is_closing:
+            loop = asyncio.get_running_loop()
+            self._sweeper = loop.call_later(self._settings.sweep_s, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        unwatched = [
+            vm
+            for vm in self._vms.values()
+            if vm.channel is None and vm.record is not None and vm.record.socket_inode
+        ]
+        if not unwatched:
+            return
+        try:
+            alive = open_unix_streams()
+        except OSError as error:
+            logger.warning("cannot look at channels: %s", error)
+            alive = set()
+        for vm in unwatched:
+            record = vm.record
+            is_unix = record is not None and (record.source or "").startswith("unix:")
+            is_open = is_unix and record is not None and record.socket_inode in alive
+            if not is_open and vm.retry is None:
+                self.look(vm)
+        self._sweep_later()
+
+    # -- what libvirt's hook hands over ----------------------------------------------
+
+    async def operation(self, name: str, uuid: str, operation: str, xml: bytes) -> str | None:
+        """Do what libvirt's hook asks; return the reason of a veto, or None.
+
+        Raises
+            KvmiLibvirtError  the hook must do it by itself
+        """
+        vm = self._vms.get(uuid)
+        if vm is None:
+            vm = Vm(uuid, name, pack(xml))
+        async with vm.turn:
+            reach("handed-over")
+            outcome = await self._pool.run(
+                "operation",
+                vm.argument(operation=operation),
+                xml,
+                timeout_s=JOB_S,
+                urgent=True,
+            )
+            if outcome.kind in ("NoWorker", "WorkerDied", "WorkerTimeout"):
+                raise KvmiLibvirtError(outcome.error or "no result")
+            self._metrics.operation(operation, outcome)
+            if operation in ("started", "reconnect") and outcome.veto is None:
+                self._vms.setdefault(uuid, vm)
+                vm.packed, vm.name = pack(xml), name
+                self.take(vm, outcome)
+                record = vm.record
+                if operation == "reconnect" or record is None or record.state != st.HOOKED:
+                    self._later(vm)
+            elif operation in ("stopped", "release"):
+                vm.record = None
+                self._forget(vm)
+        return outcome.veto
+
+    def _later(self, vm: Vm) -> None:
+        # After the hook's answer: libvirt holds the domain until then.
+        asyncio.get_running_loop().call_soon(self.look, vm)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+
+
+def _fields(vm: Vm) -> dict[str, str]:
+    return {"domain": vm.name, "uuid": vm.uuid}

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tell the service manager how we are, and let it keep our channels over a restart.
+
+No package imports. Source: sd_notify(3), sd_listen_fds(3), sd_pid_notify_with_fds(3).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import time
+from typing import Final
+
+_FIRST_FD: Final = 3
+_MAX_FDS: Final = 8192
+
+
+class Notifier:
+    """The service manager's socket, if we were started by one.
+
+    Parameters
+        environment  normally os.environ, from which its variables are taken
+    """
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        """Nothing is said yet."""
+        variables: dict[str, str] = dict(os.environ) if environment is None else environment
+        address = variables.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
+        self._variables = variables
+        self._sock: socket.socket | None = None
+        if address:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+
+    @property
+    def watchdog_s(self) -> float | None:
+        """Return how often to say that we live, in seconds; None for never."""
+        try:
+            if self._variables.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+                return None
+            return int(self._variables["WATCHDOG_USEC"]) / 2e6
+        except (KeyError, ValueError):
+            return None
+
+    def _send(self, text: str, fd: int | None = None) -> None:
+        if self._sock is None:
+            return
+        control = []
+        if fd is not None:
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        # A service manager that does not listen must not stop us.
+        with contextlib.suppress(OSError):
+            self._sock.sendmsg([text.encode()], control, socket.MSG_NOSIGNAL, self._address)
+
+    def ready(self, status: str) -> None:
+        """Say that we serve."""
+        self._send(f"READY=1\nSTATUS={status}")
+
+    def reloading(self) -> None:
+        """Say that we read our configuration again; :meth:`ready` ends it."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def status(self, status: str) -> None:
+        """Say in one line what we are doing."""
+        self._send(f"STATUS={status}")
+
+    def stopping(self) -> None:
+        """Say that we are about to end."""
+        self._send("STOPPING=1")
+
+    def alive(self) -> None:
+        """Say that we live."""
+        self._send("WATCHDOG=1")
+
+    def keep(self, name: str, fd: int) -> None:
+        """Let the service manager keep a copy of *fd* for our next start, as *name*."""
+        self._send(f"FDSTORE=1\nFDNAME={name}", fd)
+
+    def drop(self, name: str) -> None:
+        """Let the service manager close its copies called *name*."""
+        self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def kept(self) -> dict[str, int]:
+        """Return the descriptors that were kept, by name; the caller owns them.
+
+        Of several with one name only the last is returned, the others are closed.
+        """
+        try:
+            count = int(self._variables.get("LISTEN_FDS", "0"))
+            is_ours = int(self._variables.get("LISTEN_PID", "0")) == os.getpid()
+        except ValueError:
+            return {}
+        names = self._variables.get("LISTEN_FDNAMES", "").split(":")
+        if not is_ours or not 0 < count <= _MAX_FDS or len(names) != count:
+            return {}
+        found: dict[str, int] = {}
+        for fd, name in enumerate(names, start=_FIRST_FD):
+            with contextlib.suppress(OSError):
+                os.set_inheritable(fd, False)
+                if name in found:
+                    os.close(found[name])
+                found[name] = fd
+        return found

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An agent to test and measure: its own configuration, started, asked and ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from host import HostError, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+PROGRAM: Final = Path(sys.executable).with_name("kvmi-libvirt")
+_START_S: Final = 30.0
+_END_S: Final = 30.0
+
+
+class RunningAgent:
+    """An agent of its own places. Use it with ``with``; it is ready then.
+
+    Parameters
+        directory  root's own: the configuration, state, host policy and log go there
+        domains    a libvirt URI or a directory of status files
+        run_dir    where pidfiles are
+        settings   more keys of the configuration
+        seen_state_dir  where its state directory lies for us, if it is on another host
+        program    what to run instead of ``kvmi-libvirt agent``
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        domains: str,
+        run_dir: Path,
+        state_dir: Path | None = None,
+        host_policy: Path | None = None,
+        settings: dict[str, str] | None = None,
+        seen_state_dir: Path | None = None,
+        program: Sequence[str] = (str(PROGRAM), "agent"),
+    ) -> None:
+        self.directory = directory
+        state_dir = state_dir or directory / "state"
+        self.state_dir = seen_state_dir or state_dir
+        self.host_policy = host_policy or directory / "host-policy.xml"
+        self.log = directory / "agent.log"
+        self.config = directory / "agent.conf"
+        values = {
+            "domains": domains,
+            "metrics": f"unix:{directory}/metrics.sock",
+            "run-dir": str(run_dir),
+            "state-dir": str(state_dir),
+            "host-policy": str(self.host_policy),
+            **(settings or {}),
+        }
+        text = "".join(f"{key} = {value}\n" for key, value in values.items())
+        self.config.write_text(f"[agent]\n{text}", encoding="utf-8")
+        self.config.chmod(0o644)
+        self._command = [*program, "--config", str(self.config)]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> RunningAgent:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Return its process id."""
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self, environment: dict[str, str] | None = None) -> None:
+        """Start it, and wait until it answers."""
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
+            )
+        deadline = time.monotonic() + _START_S
+        while True:
+            try:
+                self.ask("ping")
+                return
+            except (OSError, ValueError):
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    text = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+                    self.stop()
+                    raise HostError(f"the agent does not answer: {text}") from None
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End it as a service manager does; nothing when it has ended."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(timeout=_END_S)
+        self.process = None
+
+    def kill(self) -> None:
+        """End it without a word."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(timeout=_END_S)
+        self.process = None
+
+    def reload(self) -> None:
+        """Let it read the host's policy again."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGHUP)
+
+    def ask(self, operation: str, *, timeout_s: float = 10.0) -> dict[str, Any]:
+        """Return its answer to a question. Raises OSError, ValueError without one."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(timeout_s)
+            sock.connect(str(self.state_dir / "agent.sock"))
+            sock.sendall(json.dumps({"version": 1, "op": operation}).encode() + b"\n")
+            chunks = []
+            while chunk := sock.recv(1 << 16):
+                chunks.append(chunk)
+        answer: dict[str, Any] = json.loads(b"".join(chunks))
+        return answer
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """Return what it says about each VM, by name."""
+        return {vm["domain"]: vm for vm in self.ask("status")["vms"]}
+
+    def wait(self, condition: Callable[[], bool], *, what: str, timeout_s: float = 60.0) -> None:
+        """Wait until *condition*; with the log's end in the error when it does not come."""
+        try:
+            wait_for(condition, what=what, timeout_s=timeout_s)
+        except HostError as error:
+            text = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+            raise HostError(f"{error}\n{text}") from None
+
+    def metrics(self) -> str:
+        """Return its metrics, in Prometheus' text format."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(10.0)
+            sock.connect(str(self.directory / "metrics.sock"))
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: agent\r\n\r\n")
+            chunks = []
+            while chunk := sock.recv(1 << 16):
+                chunks.append(chunk)
+        head, _, body = b"".join(chunks).partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise HostError(f"no metrics: {head!r}")
+        return body.decode()
+
+    def processes(self) -> list[int]:
+        """Return the ids of its processes, those of its workers too."""
+        children: dict[int, list[int]] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    stat = (entry / "stat").read_bytes()
+                except OSError:
+                    continue
+                parent = int(stat.rpartition(b")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+        found = [self.pid]
+        for pid in found:
+            found += children.get(pid, [])
+        return found

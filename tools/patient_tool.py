@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An introspection tool that takes every VM that comes, and keeps it: for tests of scale.
+
+    python patient_tool.py SOCKET
+
+listens, shakes hands with any number of VMs and holds their channels open. It is told what to do
+by JSON lines on its standard input, and ends with it; :class:`PatientTool` is the other
+end. One thread, nothing done while nothing happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kvmi_libvirt.errors import HandshakeProtocolError
+from kvmi_libvirt.tool.handshake import Hello, HelloReader, pack_answer
+from kvmi_libvirt.tool.probe import listen_unix
+from kvmi_libvirt.tool.wire import (
+    Message,
+    MessageReader,
+    WireError,
+    decode_reply,
+    pack_check,
+    pack_message,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_BACKLOG: Final = 4096
+_CHECK_COMMAND: Final = 4
+_CHECK_EVENT: Final = 6
+
+
+class PatientTool:
+    """A running patient tool. Use it with ``with``.
+
+    Parameters
+        path  where it listens, before this returns; /run/kvmi/tool.sock for example
+    """
+
+    def __init__(self, path: Path) -> None:
+        command = [sys.executable, __file__, str(path)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer()
+
+    def __enter__(self) -> PatientTool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it: every VM's channel closes. Idempotent."""
+        self.process.communicate()
+
+    def connected(self) -> list[str]:
+        """Return the UUIDs of the VMs it has, in the order in which they came."""
+        found: list[str] = self._ask(op="connected")
+        return found
+
+    def wait(self, *, at_least: int = 0, at_most: int | None = None, timeout_s: float) -> int:
+        """Wait until it has so many VMs; return how many it has then, or at the timeout."""
+        found: int = self._ask(op="wait", low=at_least, high=at_most, timeout_s=timeout_s)
+        return found
+
+    def check(
+        self, domain_uuid: str, *, commands: Sequence[int] = (), events: Sequence[int] = ()
+    ) -> list[int | None]:
+        """Ask the kernel what this tool may do with a VM, in v11 or v12.
+
+        Returns
+            the error numbers of CHECK_COMMAND and CHECK_EVENT, in turn: 0 is allowed, 1
+            KVM_EPERM; None for each where the channel is closed
+        """
+        asked = [(_CHECK_COMMAND, id_) for id_ in commands]
+        asked += [(_CHECK_EVENT, id_) for id_ in events]
+        found: list[int | None] = self._ask(op="check", uuid=domain_uuid, asked=asked)
+        return found
+
+    def drop(self, domain_uuid: str | None = None) -> int:
+        """Close the channel of one VM, or of all; return how many it closed."""
+        found: int = self._ask(op="drop", uuid=domain_uuid)
+        return found
+
+    def _ask(self, **request: object) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("the tool has ended")
+        return json.loads(line)
+
+
+# -- the program -----------------------------------------------------------------------------
+
+
+class _Channel(asyncio.Protocol):
+    def __init__(self, tool: _Tool) -> None:
+        self._tool = tool
+        self._hello = HelloReader()
+        self._messages: MessageReader | None = None
+        self._waiting: list[asyncio.Future[Message | None]] = []
+        self.vm: Hello | None = None
+        self.transport: asyncio.WriteTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            while self._messages is None and data:
+                wanted = self._hello.wanted()
+                self._take_hello(self._hello.feed(data[:wanted]))
+                data = data[wanted:]
+            self._take_messages(data)
+        except (HandshakeProtocolError, WireError):
+            self.close()
+
+    def _take_hello(self, hello: Hello | None) -> None:
+        if hello is not None:
+            assert self.transport is not None
+            self.vm = hello
+            self._messages = MessageReader()
+            self.transport.write(pack_answer())
+            self._tool.came(self)
+
+    def _take_messages(self, data: bytes) -> None:
+        if self._messages is None:
+            return
+        self._messages.feed(data)
+        while (message := self._messages.take()) is not None:
+            is_reply = message.id in (_CHECK_COMMAND, _CHECK_EVENT)
+            if is_reply and self._waiting:
+                self._waiting.pop(0).set_result(message)
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        for future in self._waiting:
+            future.set_result(None)
+        self._waiting.clear()
+        self._tool.went(self)
+
+    def close(self) -> None:
+        assert self.transport is not None
+        self.transport.close()
+
+    async def check(self, command: int, asked: int) -> int | None:
+        assert self.transport is not None
+        if self.transport.is_closing():
+            return None
+        future: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        self.transport.write(pack_message(command, 0, pack_check(asked)))
+        message = await future
+        return None if message is None else decode_reply(message, id=command, seq=0).error
+
+
+class _Tool:
+    def __init__(self) -> None:
+        self._channels: list[_Channel] = []
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def came(self, channel: _Channel) -> None:
+        self._channels.append(channel)
+        self._tell()
+
+    def went(self, channel: _Channel) -> None:
+        if channel in self._channels:
+            self._channels.remove(channel)
+            self._tell()
+
+    def _tell(self) -> None:
+        async def notify() -> None:
+            async with self._changed:
+                self._changed.notify_all()
+
+        task = asyncio.get_running_loop().create_task(notify())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def do(self, request: dict[str, Any]) -> object:
+        actions: dict[str, Callable[..., Any]] = {
+            "connected": self._connected,
+            "wait": self._wait,
+            "check": self._check,
+            "drop": self._drop,
+        }
+        return await actions[request.pop("op")](**request)
+
+    async def _connected(self) -> list[str]:
+        return [str(channel.vm.uuid) for channel in self._channels if channel.vm is not None]
+
+    async def _wait(self, low: int, high: int | None, timeout_s: float) -> int:
+        def is_met() -> bool:
+            return low <= len(self._channels) and (high is None or len(self._channels) <= high)
+
+        async def met() -> None:
+            async with self._changed:
+                await self._changed.wait_for(is_met)
+
+        try:
+            await asyncio.wait_for(met(), timeout_s)
+        except asyncio.TimeoutError:
+            pass
+        return len(self._channels)
+
+    async def _check(self, uuid: str, asked: list[list[int]]) -> list[int | None]:
+        errors: list[int | None] = [None] * len(asked)
+        for channel in self._of(uuid):
+            errors = [await channel.check(command, id_) for command, id_ in asked]
+        return errors
+
+    async def _drop(self, uuid: str | None) -> int:
+        chosen = self._of(uuid) if uuid is not None else list(self._channels)
+        for channel in chosen:
+            channel.close()
+        return len(chosen)
+
+    def _of(self, domain_uuid: str) -> list[_Channel]:
+        # The latest: the VM's channel before may not have been seen to end yet.
+        wanted = uuid.UUID(domain_uuid)
+        found = [each for each in self._channels if each.vm is not None and each.vm.uuid == wanted]
+        return found[-1:]
+
+
+async def _serve(path: str) -> None:
+    loop = asyncio.get_running_loop()
+    tool = _Tool()
+    requests = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(requests), sys.stdin)
+    with listen_unix(path) as listener:
+        server = await loop.create_unix_server(
+            lambda: _Channel(tool), sock=listener, backlog=_BACKLOG
+        )
+        print(json.dumps(path), flush=True)
+        while line := await requests.readline():
+            print(json.dumps(await tool.do(json.loads(line))), flush=True)
+        server.close()
+
+
+def main() -> None:
+    """Be the tool."""
+    from fleet import raise_fd_limit
+
+    raise_fd_limit()
+    asyncio.run(_serve(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
