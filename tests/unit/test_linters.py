@@ -26,10 +26,10 @@ HOOKS: Final = ROOT / "hooks"
 
 LICENCE: Final = "SPDX-License-Identifier: Apache-2.0"
 LICENCE_WITHIN_LINES: Final = 5
-WITHOUT_COMMENTS: Final = frozenset({".json", ".jsonl", ".md", ".txt", ""})
+WITHOUT_COMMENTS: Final = frozenset({".json", ".jsonl", ".md", ".txt", ".Debian", ""})
 """Suffixes of files that cannot, or need not, carry the line: data and prose."""
 
-SPELLINGS_WE_MEAN: Final = ("keypair", "requird", "re-used", "re-uses")
+SPELLINGS_WE_MEAN: Final = ("keypair", "readby", "requird", "re-used", "re-uses")
 
 WORKPLACES: Final = re.compile(
     # Spelt so that this file does not hold them itself.
