@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytest_plugins = ["live_support", "two_hosts"]
+
+# The same examples each time, and no clock: the machine may be busy with other things.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 REQUIRE_VARIABLE = "KVMI_TEST_REQUIRE"
 
