@@ -20,6 +20,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.errors import HandshakeProtocolError
 from kvmi_libvirt.tool.handshake import Hello, HelloReader, pack_answer
 from kvmi_libvirt.tool.probe import listen_unix
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _BACKLOG: Final = 4096
 _CHECK_COMMAND: Final = 4
 _CHECK_EVENT: Final = 6
-_CONTROL_EVENTS: Final = 5
+_CONTROL_EVENTS: Final = V12.commands_by_name["KVMI_VM_CONTROL_EVENTS"].id
 _CONTROL: Final = struct.Struct("<HBBI")  # event, enable, two paddings
 
 
