@@ -84,7 +84,9 @@ class RunningAgent:
         assert self.process is not None
         return self.process.pid
 
-    def start(self, environment: dict[str, str] | None = None) -> None:
+    def start(
+        self, environment: dict[str, str] | None = None, *, pass_fds: Sequence[int] = ()
+    ) -> None:
         """Start it, and wait until it answers."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -93,18 +95,22 @@ class RunningAgent:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **(environment or {})},
+                pass_fds=pass_fds,
             )
         deadline = time.monotonic() + _START_S
-        while True:
-            try:
-                self.ask("ping")
-                return
-            except (OSError, ValueError):
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    text = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-                    self.stop()
-                    raise HostError(f"the agent does not answer: {text}") from None
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                text = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+                self.stop()
+                raise HostError(f"the agent does not answer: {text}")
             time.sleep(0.02)
+
+    def answers(self) -> bool:
+        """Say whether an agent answers where this one does."""
+        try:
+            return bool(self.ask("ping"))
+        except (OSError, ValueError):
+            return False
 
     def stop(self) -> None:
         """End it as a service manager does; nothing when it has ended."""
