@@ -49,7 +49,9 @@ class VmState:
     ``policy`` is the digest of the policy last acted upon, ``adjusted`` what was
     allowed and denied by hand since, ``secret`` the name of the one the tool proved
     to know, ``vcpus`` how many vCPUs there were at the hook (0: not known),
-    ``unhook_s`` how many seconds a tool gets that is asked to let go.
+    ``unhook_s`` how many seconds a tool gets that is asked to let go. Of the ids in
+    ``unsure_commands`` and ``unsure_events`` it is not known whether they are allowed:
+    a session that changed them did not live to tell.
     """
 
     domain: str
@@ -71,6 +73,8 @@ class VmState:
     secret: str | None = None
     vcpus: int = 0
     unhook_s: int = 60
+    unsure_commands: tuple[int, ...] = ()
+    unsure_events: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

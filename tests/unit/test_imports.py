@@ -81,6 +81,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "agentclient": frozenset(),
         "agent.decide": frozenset({"policy.model", "state"}),
         "agent.frames": frozenset(),
+        "agent.listening": frozenset({"errors"}),
         "agent.logs": frozenset(),
         "agent.notify": frozenset(),
         "agent.tracing": frozenset(),
