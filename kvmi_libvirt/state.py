@@ -49,7 +49,9 @@ class VmState:
     ``policy`` is the digest of the policy last acted upon, ``adjusted`` what was
     allowed and denied by hand since, ``secret`` the name of the one the tool proved
     to know, ``vcpus`` how many vCPUs there were at the hook (0: not known),
-    ``unhook_s`` how many seconds a tool gets that is asked to let go.
+    ``unhook_s`` how many seconds a tool gets that is asked to let go. Of the ids in
+    ``unsure_commands`` and ``unsure_events`` it is not known whether they are allowed:
+    a session that changed them did not live to tell.
     """
 
     domain: str
@@ -71,6 +73,8 @@ class VmState:
     secret: str | None = None
     vcpus: int = 0
     unhook_s: int = 60
+    unsure_commands: tuple[int, ...] = ()
+    unsure_events: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,9 +182,27 @@ class StateDir:
         """Forget the journal: nothing is left behind in QEMU."""
         self._file(uuid, "journal").unlink(missing_ok=True)
 
+    def mark_start(self, uuid: str) -> None:
+        """Note that a start is watched for hooking it early; :meth:`end_start` ends that."""
+        self._make()
+        path = self._file(uuid, "early")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            os.close(os.open(path, flags, 0o600))
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error.strerror}") from error
+
+    def is_start_marked(self, uuid: str) -> bool:
+        """Say whether the watched start is still under way."""
+        return self._file(uuid, "early").exists()
+
+    def end_start(self, uuid: str) -> None:
+        """Let whoever watches the start know that it is over; none is fine."""
+        self._file(uuid, "early").unlink(missing_ok=True)
+
     def remove(self, uuid: str) -> None:
         """Forget everything about a VM that has ended. Hold the lock, if anyone may want it."""
-        for suffix in ("json", "journal", "lock"):
+        for suffix in ("early", "json", "journal", "lock"):
             self._file(uuid, suffix).unlink(missing_ok=True)
 
     def all(self, damaged: Callable[[StateError], None] | None = None) -> list[VmState]:

@@ -35,6 +35,7 @@ SERVING: Final = (
     TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag", "beforehand"}
 )
 INSTALLING: Final = frozenset({"installer", "installation", "daemons", "snippets"})
+DOCTORING: Final = SERVING | INSTALLING | {"introspect", "bounded", "kernel", "hooklog", "doctor"}
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -63,7 +64,8 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "state": BASE,
         "hooklog": frozenset(),
         "introspect": SERVING,
-        "hook": SERVING | {"introspect", "hooklog"},
+        "early": SERVING | {"introspect", "linux"},
+        "hook": SERVING | {"introspect", "early", "linux", "hooklog"},
         "qmp": BASE,
         "commandline": frozenset({"policy"}),
         "proxmoxfiles": POLICY,
@@ -74,19 +76,20 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "bounded": frozenset(),
         "daemons": BASE | {"state"},
         "libvirtio": frozenset({"errors"}),
-        "agent": SERVING | {"", "introspect", "hook", "libvirtio", "linux", "agent", "agentclient"},
+        "agent": SERVING
+        | {"", "introspect", "hook", "early", "libvirtio", "linux", "agent", "agentclient"},
         "agentclient": frozenset(),
         "agent.decide": frozenset({"policy.model", "state"}),
         "agent.frames": frozenset(),
+        "agent.listening": frozenset({"errors"}),
         "agent.logs": frozenset(),
         "agent.notify": frozenset(),
         "agent.tracing": frozenset(),
         "agent.watch": frozenset(),
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING
-        | INSTALLING
-        | {"", "introspect", "bounded", "kernel", "libvirtio", "cli", "agentclient"},
+        "doctor": DOCTORING | {"", "libvirtio", "agentclient", "agent.settings"},
+        "cli": DOCTORING | {"", "libvirtio", "cli", "agentclient"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
@@ -100,6 +103,8 @@ DEPENDENCIES: Final = frozenset({"lxml", "libvirt", "prometheus_client"})
 PURE: Final = (
     *("abi", "policy.model", "plan", "tool.handshake", "tool.wire"),
     *("emulator.kernel", "emulator.protocol", "emulator.filter"),
+    *("doctor.report", "doctor.facts", "doctor.check_hook", "doctor.check_host"),
+    *("doctor.check_files", "doctor.check_vm"),
 )
 PURE_STDLIB: Final = frozenset(
     {
