@@ -182,9 +182,27 @@ class StateDir:
         """Forget the journal: nothing is left behind in QEMU."""
         self._file(uuid, "journal").unlink(missing_ok=True)
 
+    def mark_start(self, uuid: str) -> None:
+        """Note that a start is watched for hooking it early; :meth:`end_start` ends that."""
+        self._make()
+        path = self._file(uuid, "early")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            os.close(os.open(path, flags, 0o600))
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error.strerror}") from error
+
+    def is_start_marked(self, uuid: str) -> bool:
+        """Say whether the watched start is still under way."""
+        return self._file(uuid, "early").exists()
+
+    def end_start(self, uuid: str) -> None:
+        """Let whoever watches the start know that it is over; none is fine."""
+        self._file(uuid, "early").unlink(missing_ok=True)
+
     def remove(self, uuid: str) -> None:
         """Forget everything about a VM that has ended. Hold the lock, if anyone may want it."""
-        for suffix in ("json", "journal", "lock"):
+        for suffix in ("early", "json", "journal", "lock"):
             self._file(uuid, suffix).unlink(missing_ok=True)
 
     def all(self, damaged: Callable[[StateError], None] | None = None) -> list[VmState]:

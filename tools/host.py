@@ -321,11 +321,18 @@ def public_directory() -> Iterator[Path]:
         yield Path(name)
 
 
-def marker_rom() -> bytes:
-    """Return a 64 KiB firmware that sends 'K' to the first serial port, for ever.
+def marker_rom(*, once: bool = False) -> bytes:
+    """Return a 64 KiB firmware that sends 'K' to the first serial port, for ever or once.
 
-    Its loop stands at the reset vector: the first instruction the guest executes.
+    That stands at the reset vector: the first instruction the guest executes.
     """
+    send_once = bytes.fromhex(
+        "ba f8 03"  # mov dx, 0x3f8
+        "b0 4b"  # mov al, 'K'
+        "ee"  # out dx, al
+        "fa f4"  # cli; hlt
+        "eb fd"  # jmp to the hlt
+    )
     loop = bytes.fromhex(
         "ba f8 03"  # mov dx, 0x3f8
         "b0 4b"  # mov al, 'K'
@@ -334,7 +341,8 @@ def marker_rom() -> bytes:
         "e2 fe"  # loop to itself
         "eb f8"  # jmp to the out
     )
-    return loop.rjust(0x10000 - 16 + len(loop), b"\xf4").ljust(0x10000, b"\xf4")
+    code = send_once if once else loop
+    return code.rjust(0x10000 - 16 + len(code), b"\xf4").ljust(0x10000, b"\xf4")
 
 
 def write(path: Path, text: str) -> Path:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An introspection tool that takes every VM that comes, and keeps it: for tests of scale.
 
-    python patient_tool.py SOCKET
+    python patient_tool.py SOCKET [SECONDS]
 
 listens, shakes hands with any number of VMs and holds their channels open. It is told what to do
 by JSON lines on its standard input, and ends with it; :class:`PatientTool` is the other
@@ -48,11 +48,12 @@ class PatientTool:
     """A running patient tool. Use it with ``with``.
 
     Parameters
-        path  where it listens, before this returns; /run/kvmi/tool.sock for example
+        path            where it listens, before this returns; /run/kvmi/tool.sock for example
+        answer_after_s  seconds it takes for its part of the handshake
     """
 
-    def __init__(self, path: Path) -> None:
-        command = [sys.executable, __file__, str(path)]
+    def __init__(self, path: Path, *, answer_after_s: float = 0.0) -> None:
+        command = [sys.executable, __file__, str(path), str(answer_after_s)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -157,6 +158,11 @@ class _Channel(asyncio.Protocol):
             assert self.transport is not None
             self.vm = hello
             self._messages = MessageReader()
+            asyncio.get_running_loop().call_later(self._tool.answer_after_s, self._answer)
+
+    def _answer(self) -> None:
+        assert self.transport is not None
+        if not self.transport.is_closing():
             self.transport.write(pack_answer())
             self._tool.came(self)
 
@@ -201,7 +207,8 @@ class _Channel(asyncio.Protocol):
 
 
 class _Tool:
-    def __init__(self) -> None:
+    def __init__(self, answer_after_s: float) -> None:
+        self.answer_after_s = answer_after_s
         self._channels: list[_Channel] = []
         self._asked: collections.Counter[str] = collections.Counter()
         self._changed = asyncio.Condition()
@@ -285,9 +292,9 @@ class _Tool:
         return found[-1:]
 
 
-async def _serve(path: str) -> None:
+async def _serve(path: str, answer_after_s: float) -> None:
     loop = asyncio.get_running_loop()
-    tool = _Tool()
+    tool = _Tool(answer_after_s)
     requests = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(requests), sys.stdin)
     with listen_unix(path) as listener:
@@ -305,7 +312,7 @@ def main() -> None:
     from fleet import raise_fd_limit
 
     raise_fd_limit()
-    asyncio.run(_serve(sys.argv[1]))
+    asyncio.run(_serve(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 0.0))
 
 
 if __name__ == "__main__":

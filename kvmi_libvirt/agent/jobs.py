@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvmi_libvirt import introspect
+from kvmi_libvirt import early, introspect
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent.decide import FINAL, TOOL_HAS_GONE, Seen, Step, next_step
 from kvmi_libvirt.errors import (
@@ -89,6 +89,7 @@ class Outcome:
         retry_s     try again, waiting at most so many seconds between tries; None: do not,
                     until something changes
         is_gone     the VM has ended
+        early       a start is to be watched, by the job of that name
         leaving_s   the tool was asked to let go, and has so many seconds
         must_call   nothing was done: the tool has to be called, and may not be yet
         veto        why libvirt is to be told no
@@ -105,6 +106,7 @@ class Outcome:
     is_gone: bool = False
     leaving_s: int | None = None
     must_call: bool = False
+    early: bool = False
     veto: str | None = None
     stall_us: int = 0
     gap_us: int = 0
@@ -123,7 +125,7 @@ class Jobs:
         self._outcome = Outcome()
 
     def run(self, job: str, argument: dict[str, str], xml: bytes) -> Outcome:
-        """Do *job*, "operation" or "reconcile"; never raises.
+        """Do *job*, one of "operation", "early" and "reconcile"; never raises.
 
         Parameters
             argument  "name" and "uuid" of the domain. For the first "operation"; for the
@@ -136,6 +138,8 @@ class Jobs:
         try:
             if job == "operation":
                 self._operation(argument, xml)
+            elif job == "early":
+                self._early(argument, xml)
             else:
                 self._reconcile(argument, xml)
         except (TargetGone, TargetNotFound):
@@ -153,6 +157,7 @@ class Jobs:
             state=self._state,
             run_dir=self._places.run_dir,
             host_policy=self._places.host_policy,
+            watch_start=self._note_early,
             on_hooked=self._keep_channel,
             allow_standin=self._places.allow_standin,
         )
@@ -160,6 +165,24 @@ class Jobs:
         self._outcome.veto = hook.run(argument["name"], argument["operation"], xml)
         with contextlib.suppress(StateError):
             self._note(self._state.load(argument["uuid"]))
+
+    def _note_early(self, _domain: Domain, _policy: Policy) -> None:
+        self._outcome.early = True
+
+    def _early(self, argument: dict[str, str], xml: bytes) -> None:
+        # A job of its own, which lasts as long as the start; the mark was made before.
+        host = load_host_policy(self._places.host_policy)
+        domain, policy = decide(xml, host, source=f"XML of domain '{argument['name']}'")
+        self._outcome.step = "early"
+        if policy is not None:
+            early.watch_start(
+                domain,
+                policy,
+                state=self._state,
+                run_dir=self._places.run_dir,
+                allow_standin=self._places.allow_standin,
+                on_hooked=self._keep_channel,
+            )
 
     # -- wanted against actual -------------------------------------------------------
 

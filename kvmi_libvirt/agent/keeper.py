@@ -17,7 +17,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt import introspect
+from kvmi_libvirt import early, introspect
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent.decide import Backoff, Step
 from kvmi_libvirt.agent.pool import LOST, Lane
@@ -52,6 +52,7 @@ _LIST_AGAIN_S: Final = 5.0
 _CALL_AGAIN_S: Final = 1.0
 _FLAP_S: Final = 10.0
 _FLAP_BACKOFF: Final = Backoff(first_s=1.0, last_s=60.0)
+EARLY_S: Final = early.APPEAR_S + early.READY_S + JOB_S
 _CHANNEL_PREFIX: Final = "channel-"
 
 
@@ -399,7 +400,8 @@ class Keeper:
     def _watch(self, vm: Vm, outcome: Outcome) -> None:
         record = vm.record
         kept = self._kept_channel(vm)
-        if outcome.channel is None:
+        is_new = outcome.channel is not None
+        if not is_new:
             outcome.channel = kept
         elif kept is not None:
             os.close(kept)
@@ -419,7 +421,7 @@ class Keeper:
             self._unwatch_channel(vm)
             self._notifier.keep(_CHANNEL_PREFIX + vm.uuid, fd)
             vm.channel = fd
-            if outcome.stall_us:
+            if is_new:
                 vm.came_s = asyncio.get_running_loop().time()
             self._watcher.watch_channel(fd, lambda: self._channel_ended(vm))
         elif vm.channel is None:
@@ -626,6 +628,8 @@ class Keeper:
             if ended is not None:
                 ended.record = None
                 self._forget(ended)
+        if outcome.early:
+            self._spawn(self._watch_start(name, uuid, xml))
         return outcome.veto
 
     async def _started(self, name: str, uuid: str, xml: bytes) -> str | None:
@@ -657,6 +661,17 @@ class Keeper:
             raise KvmiLibvirtError(outcome.error or "no result")
         self._metrics.operation(operation, outcome)
         return outcome
+
+    async def _watch_start(self, name: str, uuid: str, xml: bytes) -> None:
+        argument = {"name": name, "uuid": uuid}
+        outcome = await self._pool.run("early", argument, xml, timeout_s=EARLY_S, lane=Lane.START)
+        if outcome.record is None or outcome.channel is None:
+            self._close_channel(outcome)
+            if outcome.error is not None:
+                fields = {"domain": name, "uuid": uuid}
+                logger.warning("domain %s: %s", name, outcome.error, extra=fields)
+            return
+        self.take(self._vms.setdefault(uuid, Vm(uuid, name, pack(xml))), outcome)
 
     def _later(self, vm: Vm) -> None:
         # After the hook's answer: libvirt holds the domain until then.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OPERATIONS: Final = frozenset(
-    {"prepare", "started", "stopped", "release", "migrate", "restore", "reconnect"}
+    {"prepare", "start", "started", "stopped", "release", "migrate", "restore", "reconnect"}
 )
 _MAX_LINE_LEN: Final = 4096
 _MAX_NAME_LEN: Final = 4096

@@ -250,6 +250,7 @@ class Policy:
         unhook_timeout_s     seconds a tool gets to undo its changes before the hook ends
         reconnect_s          seconds between attempts to reach a tool that went away;
                              None: it is not called again
+        early                in force before the guest's first instruction
         secret               name of the secret the tool must know, None for none
         profile              its name, if one was the base; its rules are in the rights
         kernel_abi           the revision the host says its kernel has, None: find out
@@ -262,6 +263,7 @@ class Policy:
     handshake_timeout_s: float = DEFAULT_HANDSHAKE_TIMEOUT_S
     unhook_timeout_s: float = DEFAULT_UNHOOK_TIMEOUT_S
     reconnect_s: float | None = None
+    early: bool = False
     secret: str | None = None
     commands: Rights = Rights()
     events: Rights = Rights()

@@ -160,6 +160,7 @@ def read_content(
             DEFAULT_UNHOOK_TIMEOUT_S if unhook is None else float(unhook.attrib["timeout"])
         ),
         reconnect_s=_reconnect_s(element),
+        early=element.get("early") == "yes",
         secret=None if secret is None else str(secret.attrib["name"]),
         commands=commands,
         events=events,

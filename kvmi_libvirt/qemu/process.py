@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt.abi.ptrace import PF_EXITING, PF_USER_WORKER
+from kvmi_libvirt.abi.x86_64 import NR_IOCTL
 from kvmi_libvirt.errors import (
     TargetAmbiguous,
     TargetChanged,
@@ -38,6 +39,8 @@ _VCPU_LINK: Final = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
 # What a stand-in VM process has where there is no /dev/kvm (see emulator/standin.py).
 _STANDIN_VM_LINK: Final = "/memfd:kvmi-emulated-kvm-vm (deleted)"
 _STANDIN_VCPU_LINK: Final = re.compile(r"/memfd:kvmi-emulated-kvm-vcpu:(\d+) \(deleted\)")
+
+_VCPU_THREAD: Final = re.compile(r"CPU \d+/KVM")
 
 _ELF_MAGIC: Final = b"\x7fELF"
 _ELFCLASS64: Final = 2
@@ -256,6 +259,47 @@ class Process:
             )
         return VmFds(vm=vms[0], vcpu_count=len(vcpus))
 
+    def running_vcpus(self) -> list[str]:
+        """Return the names of the vCPU threads that are in the guest, or have been asked to be.
+
+        QEMU names them (debug-threads=on, which libvirt sets); a paused one waits for a
+        futex. Nothing is stopped for this.
+        """
+        found = []
+        for tid in self._entries("task"):
+            try:
+                name = self._read_task(tid, "comm").decode("utf-8", "replace").rstrip("\n")
+                if not _VCPU_THREAD.fullmatch(name):
+                    continue
+                words = self._read_task(tid, "syscall").split()
+            except (FileNotFoundError, ProcessLookupError):  # the thread has ended
+                continue
+            except PermissionError as error:
+                raise TargetUnsuitable(
+                    f"not permitted to look into process {self.pid}: run as root", pid=self.pid
+                ) from error
+            is_paused = len(words) > 1 and words[0] != b"running" and int(words[0]) != NR_IOCTL
+            if not is_paused:
+                found.append(name)
+        return found
+
+    def _entries(self, name: str) -> list[str]:
+        directory = self._open_entry(name, os.O_DIRECTORY)
+        try:
+            return os.listdir(directory)
+        except ProcessLookupError as error:
+            raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid) from error
+        finally:
+            os.close(directory)
+
+    def _read_task(self, tid: str, name: str) -> bytes:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        fd = os.open(f"task/{tid}/{name}", flags, dir_fd=self._proc_fd)
+        try:
+            return os.read(fd, 256)
+        finally:
+            os.close(fd)
+
     def require_traceable(self) -> None:
         """Raise unless the main thread can be traced and injected into.
 
@@ -271,7 +315,8 @@ class Process:
             header[4] != _ELFCLASS64 or int.from_bytes(header[18:20], "little") != _EM_X86_64
         ):
             raise TargetUnsuitable(f"process {self.pid} is no 64-bit x86 program", pid=self.pid)
-        if tracer := self.tracer():
+        tracer = self.tracer()
+        if tracer and tracer != os.getpid():  # we may be holding it
             raise TargetUnsuitable(
                 f"process {self.pid} is already traced by process {tracer}; end that first",
                 pid=self.pid,
