@@ -30,6 +30,7 @@ _PIDFILES: Final = (Path("/run/libvirtd.pid"), Path("/run/virtqemud.pid"))
 _SYSTEMD: Final = Path("/run/systemd/system")
 _NOTES: Final = STATE_DIR / "libvirt-daemons"
 _SYSTEMCTL_TIMEOUT_S: Final = 5.0
+_DISABLE_TIMEOUT_S: Final = 60.0
 _MAX_LEN: Final = 1 << 16
 
 
@@ -182,6 +183,28 @@ def forget(*, notes: Path = _NOTES) -> None:
 def is_booted_with_systemd() -> bool:
     """Say whether systemd manages this host's services."""
     return _SYSTEMD.is_dir()
+
+
+def disable_service(unit: str) -> str | None:
+    """Stop a service and keep it from being started; return why that failed, or None.
+
+    Only where systemd manages services. Waits for the service to end.
+    """
+    try:
+        done = subprocess.run(
+            ["systemctl", "disable", "--now", unit],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_DISABLE_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
 
 
 def reload_command(daemon: Daemon) -> str:

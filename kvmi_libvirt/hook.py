@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xml.parsers import expat
 
 from kvmi_libvirt import hooklog, linux, worker
+from kvmi_libvirt.beforehand import require_possible
 from kvmi_libvirt.early import TOO_LATE, require_not_run, watch_start
 from kvmi_libvirt.errors import (
     KvmiLibvirtError,
@@ -177,9 +178,13 @@ class Hook:
         return domain, policy
 
     def _check(self, name: str, xml: bytes) -> None:
-        policy = self._policy(name, xml)[1]
-        if policy is not None and policy.secret is not None:
-            read_secret(policy.secret)  # while the VM does not exist yet
+        # While the VM does not exist yet, or, at a migration, still runs elsewhere.
+        domain, policy = self._policy(name, xml)
+        if policy is None:
+            return
+        if policy.secret is not None:
+            read_secret(policy.secret)
+        require_possible(policy, domain.emulator)
 
     def _watch(self, name: str, xml: bytes) -> None:
         # QEMU does not exist yet. Whoever watches has to be at it when it does.

@@ -9,6 +9,7 @@ alone. May import ``errors``, ``datafiles`` and ``installer``.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import json
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CONFIG_DIR: Final = Path("/etc/kvmi-libvirt")
+UNIT_DIR: Final = Path("/etc/systemd/system")
 AGENT_UNIT: Final = "kvmi-libvirt-agent.service"
 
 _NOTES: Final = Path("/var/lib/kvmi-libvirt/installed.json")
@@ -96,7 +98,7 @@ def items(*, command: str, prefix: Path = Path("/usr/local")) -> list[Item]:
         found.append(_ours(source, "/etc/tmpfiles.d", "/usr/lib/tmpfiles.d"))
     for source in data_files("packaging/systemd", "*.*"):
         if source.suffix in (".service", ".socket", ".timer", ".path"):
-            places = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
+            places = (UNIT_DIR, "/usr/lib/systemd/system", "/lib/systemd/system")
             found.append(_ours(source, *places, command=command))
     return found + list(_documents(prefix))
 
@@ -226,7 +228,13 @@ class Installer:
         if not directory.is_dir() or directory.is_symlink():
             return []
         if not self._dry_run:
-            shutil.rmtree(directory)
+            for path in directory.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            with contextlib.suppress(OSError):  # a mount point stays
+                directory.rmdir()
         return [directory]
 
     def _is_ours(self, path: Path, present: bytes, shipped: bytes | None = None) -> bool:
@@ -251,6 +259,8 @@ class Installer:
     def _save_notes(self) -> None:
         if not self._written:
             self._notes.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not there, or somebody else's things in it
+                self._notes.parent.rmdir()
             return
         self._notes.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self._written, indent=2, sort_keys=True) + "\n"

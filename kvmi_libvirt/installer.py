@@ -92,6 +92,11 @@ def uninstall_hook(*, hook_dir: Path = HOOK_DIR) -> bool:
     return True
 
 
+def is_our_hook(text: bytes) -> bool:
+    """Say whether *text* is a hook script of ours, of whatever version."""
+    return _MARK in text
+
+
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
@@ -100,5 +105,5 @@ def _read(path: Path) -> bytes | None:
 
 
 def _require_ours(path: Path, present: bytes | None) -> None:
-    if present is not None and _MARK not in present:
+    if present is not None and not is_our_hook(present):
         raise KvmiLibvirtError(f"{path} is not ours: move it away first")

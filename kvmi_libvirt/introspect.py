@@ -24,6 +24,7 @@ from kvmi_libvirt import state as st
 from kvmi_libvirt.abi import revisions
 from kvmi_libvirt.abi.kvmi import Ioctl, KvmiAbi
 from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt.beforehand import pinned_revision
 from kvmi_libvirt.errors import (
     ExitCode,
     HandshakeRefused,
@@ -33,7 +34,6 @@ from kvmi_libvirt.errors import (
     StateError,
     TargetError,
     TargetUnsuitable,
-    UnsupportedByKernel,
 )
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.plan import (
@@ -364,23 +364,14 @@ def probe_revision(process: Process, fds: VmFds, *, pin: str | None = None) -> K
         deadline=deadline,
         keep_fds=process.owned_fds,
     )
-    probed = revisions.by_name(report.abi)
-    abi = revisions.pinned(probed, pin)
-    if abi is None:
-        raise UnsupportedByKernel(
-            f"the host policy says the kernel's KVMI revision is {pin}, but it is {probed.name}; "
-            f"correct <kernel abi=...>"
-        )
-    if abi.name not in (probed.name, pin):
-        logger.warning(
-            "the host policy says the kernel's KVMI revision is %s, but it answers as %s: what "
-            "differs is not granted; correct or remove <kernel abi=...>",
-            *(pin, probed.name),
-        )
-    return abi
+    return pinned_revision(revisions.by_name(report.abi), pin)
 
 
 def _tell_what_is_left_out(name: str, policy: Policy, abi: KvmiAbi) -> None:
+    cut = policy.commands.cut | policy.events.cut
+    if cut:
+        text = ", ".join(sorted(cut))
+        logger.warning("domain %s: above this host's ceiling, not granted: %s", name, text)
     commands, events = left_out(policy, abi)
     if commands or events:
         names = ", ".join(sorted(commands | events))

@@ -61,7 +61,8 @@ def _connection(uri: str) -> Iterator[Any]:
     try:
         yield connection
     finally:
-        connection.close()
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +123,32 @@ def domain_xml(domain: str, *, uri: str = DEFAULT_URI, of_config: bool = False) 
             )
         except libvirt.libvirtError as error:
             raise LibvirtError(f"domain '{domain}': {error}") from error
+
+
+def all_domains(*, uri: str = DEFAULT_URI) -> list[DomainXml]:
+    """Return every domain with the XML that is in force now; those that vanish are left out.
+
+    Raises
+        LibvirtError  libvirt is not there, or refused
+    """
+    with _connection(uri) as connection:
+        import libvirt
+
+        found = []
+        try:
+            for domain in connection.listAllDomains(0):
+                with contextlib.suppress(libvirt.libvirtError):
+                    found.append(
+                        DomainXml(
+                            name=domain.name(),
+                            uuid=domain.UUIDString(),
+                            xml=domain.XMLDesc(0).encode(),
+                            is_active=bool(domain.isActive()),
+                        )
+                    )
+        except libvirt.libvirtError as error:
+            raise LibvirtError(f"domains at {uri}: {error}") from error
+        return found
 
 
 def set_metadata(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import bounded, daemons, libvirtio
+from kvmi_libvirt.cli import hookscript
+from kvmi_libvirt.cli.hookscript import add_proxmox_argument
 from kvmi_libvirt.errors import ExitCode, KvmiLibvirtError, UsageError
 from kvmi_libvirt.installation import AGENT_UNIT, Change, Installer, Kind, items
 from kvmi_libvirt.installer import HOOK_DIR, HOOK_NAME, hook_is_current, install_hook
@@ -24,6 +26,7 @@ _READY_S: Final = 10.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_place_arguments(parser)
+    add_proxmox_argument(parser)
     parser.add_argument(
         "--reload", action="store_true", help="make a running libvirt daemon notice, if it must"
     )
@@ -50,6 +53,8 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Install what is missing, keep what was edited, and say what is left to do."""
+    if args.proxmox is not None:
+        return hookscript.install(args.proxmox, dry_run=args.dry_run)
     require_places(args)
     hook_dir = below(args.root, HOOK_DIR)
     is_here = args.root.resolve() == Path("/")

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import daemons
+from kvmi_libvirt.cli import hookscript
+from kvmi_libvirt.cli.hookscript import add_proxmox_argument
 from kvmi_libvirt.cli.install import add_place_arguments, below, own_command, require_places, tell
 from kvmi_libvirt.cli.status import seen_states
 from kvmi_libvirt.errors import ExitCode, StateError
-from kvmi_libvirt.installation import AGENT_UNIT, Change, Installer, Kind, items
+from kvmi_libvirt.installation import AGENT_UNIT, UNIT_DIR, Change, Installer, Kind, items
 from kvmi_libvirt.installer import HOOK_DIR, HOOK_NAME, uninstall_hook
 from kvmi_libvirt.state import HOOKED
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_place_arguments(parser)
+    add_proxmox_argument(parser)
     parser.add_argument(
         "--purge",
         action="store_true",
@@ -31,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Remove the hook and what goes with it; running VMs keep what they have."""
+    if args.proxmox is not None:
+        return hookscript.uninstall(args.proxmox, dry_run=args.dry_run)
     require_places(args)
     hook_dir = below(args.root, HOOK_DIR)
     is_here = args.root.resolve() == Path("/")
@@ -41,12 +46,12 @@ def run(args: argparse.Namespace) -> ExitCode:
     if is_here and not args.dry_run:
         daemons.forget()
     installer = Installer(args.root, dry_run=args.dry_run)
-    removed = set()
+    if is_here:
+        _stop_agent(dry_run=args.dry_run)
     for item in reversed(items(command=own_command(), prefix=args.prefix)):
         change = installer.remove(item)
         if change in (Change.REMOVED, Change.KEPT):
             tell(change, below(args.root, item.path), args)
-            removed.add(item.path.name)
         elif item.kind is Kind.CONFIG and not args.purge:
             path = below(args.root, item.path)
             if path.exists():
@@ -55,10 +60,22 @@ def run(args: argparse.Namespace) -> ExitCode:
         for path in installer.purge():
             tell(Change.REMOVED, path, args)
     if is_here:
-        if AGENT_UNIT in removed and daemons.is_booted_with_systemd():
-            print(f"next: systemctl disable --now {AGENT_UNIT}; systemctl daemon-reload")
         _tell_vms()
     return ExitCode.OK
+
+
+def _stop_agent(*, dry_run: bool) -> None:
+    # A package's unit is the package's to stop. Ours goes: what runs must not stay.
+    if not daemons.is_booted_with_systemd() or not (UNIT_DIR / AGENT_UNIT).is_file():
+        return
+    if dry_run:
+        print(f"would stop and disable {AGENT_UNIT}")
+        return
+    problem = daemons.disable_service(AGENT_UNIT)
+    if problem is None:
+        print(f"stopped and disabled {AGENT_UNIT}; hooked VMs stay hooked")
+    else:
+        print(f"kvmi-libvirt: {AGENT_UNIT} could not be stopped: {problem}", file=sys.stderr)
 
 
 def _tell_vms() -> None:

@@ -168,3 +168,11 @@ def machine(domain: etree._Element) -> str:
     """Return the machine type, "" when the document does not say."""
     element = domain.find("os/type")
     return "" if element is None else element.get("machine", "")
+
+
+def emulator(domain: etree._Element) -> str:
+    """Return the program that runs a domain as KVM's guest; "" for any other, or unknown."""
+    if domain.get("type") != "kvm":
+        return ""
+    element = domain.find("devices/emulator")
+    return "" if element is None else text_of(element).strip()

@@ -218,12 +218,14 @@ class Rights:
                     them, they need no right
         optional    those of *allowed* that a kernel may lack
         everything  nothing is denied at all, not even what has no name here
+        cut         names that were asked for, and that the host's ceiling took away
         why         for each name, allowed or not, what decided; may be empty
     """
 
     allowed: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     everything: bool = False
+    cut: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     why: Mapping[str, Reason] = field(
         default_factory=lambda: MappingProxyType({}), compare=False, repr=False
     )

@@ -47,7 +47,7 @@ _ELFCLASS64: Final = 2
 _EM_X86_64: Final = 62
 _MAX_PROC_FILE_LEN: Final = 16 << 20
 _MAX_PIDFILE_LEN: Final = 32
-_ENDING_MS: Final = 1000
+_ENDING_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +108,13 @@ class Process:
 
     def is_alive(self) -> bool:
         """Say whether the process has not ended yet (a zombie has)."""
+        return not self.has_ended(0)
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Say whether the process ends within *timeout_s*."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return bool(poll.poll(timeout_s * 1000))
 
     def is_ending(self, error: BaseException) -> bool:
         """Say whether *error*, met while serving the process, is only its end.
@@ -119,9 +123,7 @@ class Process:
         before its pidfd tells: that time is waited for, up to a second.
         """
         seems = getattr(error, "errno", None) == errno.ESRCH or self._is_exiting()
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(_ENDING_MS if seems else 0))
+        return self.has_ended(_ENDING_S if seems else 0)
 
     def _is_exiting(self) -> bool:
         try:
@@ -173,15 +175,21 @@ class Process:
 
     def require_uuid(self, uuid: str) -> None:
         """Raise TargetChanged unless the command line carries ``-uuid`` with *uuid*."""
+        self._require_option("-uuid", uuid, f"domain {uuid}")
+
+    def require_vmid(self, vmid: int) -> None:
+        """Raise TargetChanged unless the command line carries Proxmox VE's ``-id`` *vmid*."""
+        self._require_option("-id", str(vmid), f"VM {vmid}")
+
+    def _require_option(self, option: str, value: str, whose: str) -> None:
         arguments = self.command_line()
         if not arguments:  # its memory went first
             raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid)
-        for option, value in itertools.pairwise(arguments):
-            if option == "-uuid" and value.lower() == uuid.lower():
+        for name, given in itertools.pairwise(arguments):
+            if name == option and given.lower() == value.lower():
                 return
         raise TargetChanged(
-            f"process {self.pid} is not the QEMU of domain {uuid}: "
-            "its command line has no such -uuid",
+            f"process {self.pid} is not the QEMU of {whose}: its command line has no such {option}",
             pid=self.pid,
         )
 

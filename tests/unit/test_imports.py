@@ -31,8 +31,11 @@ HOOK_PYTHON: Final = Path("/usr/bin/python3")
 BASE: Final = frozenset({"errors", "newtypes", "quoting"})
 POLICY: Final = BASE | {"abi", "policy", "datafiles"}
 TRACING: Final = BASE | {"abi", "linux", "qemu"}
-SERVING: Final = TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag"}
-INSTALLING: Final = frozenset({"installer", "installation", "daemons"})
+SERVING: Final = (
+    TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag", "beforehand"}
+)
+INSTALLING: Final = frozenset({"installer", "installation", "daemons", "snippets"})
+DOCTORING: Final = SERVING | INSTALLING | {"introspect", "bounded", "kernel", "hooklog", "doctor"}
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -44,6 +47,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "abi": BASE | {"abi"},
         "linux": BASE | {"abi"},
         "kernel": BASE | {"abi"},
+        "beforehand": POLICY | {"kernel", "plan"},
         "policy": POLICY,
         "policy.model": frozenset({"errors", "abi", "quoting"}),
         "plan": frozenset({"errors", "abi", "policy.model"}),
@@ -62,7 +66,12 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "introspect": SERVING,
         "early": SERVING | {"introspect", "linux"},
         "hook": SERVING | {"introspect", "early", "linux", "hooklog"},
+        "qmp": BASE,
+        "commandline": frozenset({"policy"}),
+        "proxmoxfiles": POLICY,
+        "proxmox": SERVING | {"introspect", "hooklog", "commandline", "proxmoxfiles", "qmp"},
         "installer": frozenset({"errors", "datafiles"}),
+        "snippets": frozenset({"errors", "datafiles"}),
         "installation": frozenset({"errors", "datafiles", "installer"}),
         "bounded": frozenset(),
         "daemons": BASE | {"state"},
@@ -79,9 +88,8 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "agent.watch": frozenset(),
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING
-        | INSTALLING
-        | {"", "introspect", "bounded", "kernel", "libvirtio", "cli", "agentclient"},
+        "doctor": DOCTORING | {"", "libvirtio", "agentclient", "agent.settings"},
+        "cli": DOCTORING | {"", "libvirtio", "cli", "agentclient"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
@@ -95,6 +103,8 @@ DEPENDENCIES: Final = frozenset({"lxml", "libvirt", "prometheus_client"})
 PURE: Final = (
     *("abi", "policy.model", "plan", "tool.handshake", "tool.wire"),
     *("emulator.kernel", "emulator.protocol", "emulator.filter"),
+    *("doctor.report", "doctor.facts", "doctor.check_hook", "doctor.check_host"),
+    *("doctor.check_files", "doctor.check_vm"),
 )
 PURE_STDLIB: Final = frozenset(
     {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from kvmi_libvirt import installation
+from kvmi_libvirt.agent.settings import Settings, parse_settings
 from kvmi_libvirt.errors import KvmiLibvirtError
 from kvmi_libvirt.installation import Change, Installer, Item, Kind, items
 from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
@@ -277,6 +278,15 @@ def test_the_skeleton_of_the_host_policy_changes_nothing() -> None:
     said = parse_host_policy(SKELETON.read_bytes(), source="skeleton")
 
     assert dataclasses.replace(said, path=None) == HostPolicy()
+
+
+def test_the_skeleton_of_the_agents_configuration_shows_what_holds() -> None:
+    text = (SKELETON.parent / "agent.conf").read_text(encoding="utf-8")
+    shown, count = re.subn(r"(?m)^#(\S+ = )", r"\1", text)
+
+    assert count >= 4
+    for said in (text, shown):
+        assert parse_settings(said.encode(), source="skeleton") == Settings()
 
 
 def test_what_the_skeleton_has_in_comments_is_valid_as_well() -> None:

@@ -236,3 +236,43 @@ def test_uninstalling_says_which_vms_stay_hooked(
     assert "kvmi-libvirt unhook web1" in out
     assert forgotten == [True]
     assert files(root) == set()
+
+
+@pytest.mark.parametrize(
+    ("answer", "out", "err"),
+    [("exit 0", "stopped and disabled", ""), ("echo no bus >&2; exit 1", "", "stopped: no bus")],
+)
+def test_the_agents_service_is_stopped_before_its_unit_goes(
+    here: list[str],
+    root: Path,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    out: str,
+    err: str,
+) -> None:
+    systemctl = root / "bin" / "systemctl"
+    systemctl.parent.mkdir()
+    systemctl.write_text(f"#!/bin/sh\necho \"$@\" >>'{root}/asked'\n{answer}\n", encoding="ascii")
+    systemctl.chmod(0o755)
+    (root / "kvmi-libvirt-agent.service").write_bytes(b"")
+    monkeypatch.setenv("PATH", str(systemctl.parent), prepend=os.pathsep)
+    for name, value in (
+        ("UNIT_DIR", root),
+        ("below", lambda _root, path: root / path.relative_to("/")),
+        ("items", lambda **_places: []),
+        ("seen_states", lambda _damaged: []),
+    ):
+        monkeypatch.setattr(uninstall, name, value)
+    monkeypatch.setattr(daemons, "forget", lambda: None)
+
+    assert main(["uninstall", "--dry-run"]) == 0
+    assert "would stop and disable kvmi-libvirt-agent.service\n" in capsys.readouterr().out
+    assert not (root / "asked").exists()
+    assert main(["uninstall"]) == 0
+
+    shown = capsys.readouterr()
+    assert out in shown.out
+    assert err in shown.err
+    asked = (root / "asked").read_text(encoding="ascii")
+    assert asked == "disable --now kvmi-libvirt-agent.service\n"
