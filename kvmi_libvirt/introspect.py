@@ -69,8 +69,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SESSION_S: Final = 3.0
-"""How long one visit to QEMU may take, waiting for a busy main loop included."""
+SESSION_S: Final = 8.0
+"""How long one visit to QEMU may take, on a host so busy that the visitor itself waits.
+
+Waiting for a main loop that is never idle ends earlier, see ``attach_parked``.
+"""
 
 _LOCK_S: Final = 5.0
 _SEND_TIMEOUT_S: Final = 10
