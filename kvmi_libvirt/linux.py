@@ -50,6 +50,11 @@ _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _ioctl.restype = ctypes.c_int
 
 
+_madvise = _libc["madvise"]
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_madvise.restype = ctypes.c_int
+
+
 class _iovec(ctypes.Structure):  # noqa: N801
     _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
 
@@ -206,6 +211,23 @@ def pidfd_getfd(pidfd: LocalFd, remote_fd: RemoteFd) -> LocalFd:
     if fd == -1:
         raise_errno("pidfd_getfd", pidfd, remote_fd)
     return LocalFd(fd)
+
+
+_MADV_POPULATE_WRITE: Final = 23
+
+
+def own_memory() -> None:
+    """Make copies now of all memory this process still shares with what it was forked from.
+
+    Else each page costs a page fault when it is first used, at a moment nobody chose.
+    Does nothing before Linux 5.14. Source: madvise(2).
+    """
+    with open("/proc/self/maps", "rb") as maps:
+        ranges = [line.split()[:2] for line in maps]
+    for addresses, permissions in ranges:
+        if permissions == b"rw-p":
+            start, end = (int(address, 16) for address in addresses.split(b"-"))
+            _madvise(start, end - start, _MADV_POPULATE_WRITE)
 
 
 KCMP_FILE: Final = 0
