@@ -78,8 +78,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SESSION_S: Final = 3.0
-"""How long one visit to QEMU may take, waiting for a busy main loop included."""
+SESSION_S: Final = 8.0
+"""How long one visit to QEMU may take, on a host so busy that the visitor itself waits.
+
+Waiting for a main loop that is never idle ends earlier, see ``attach_parked``.
+"""
 
 ALREADY_HOOKED: Final = "AlreadyHooked"
 """SessionError.kind when a hook with a tool at its end is there; nothing was touched."""

@@ -54,7 +54,13 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "qemu": TRACING,
         "qemu.layout": frozenset(),
         "qemu.process": BASE | {"abi"},
-        "qemu.tracee": BASE | {"abi", "linux", "qemu.process"},
+        "qemu.parked": frozenset({"abi"}),
+        "qemu.urgency": frozenset(),
+        "qemu.looking": BASE | {"abi", "linux", "qemu.parked", "qemu.process"},
+        "qemu.kept_signals": BASE | {"abi", "linux", "qemu.process"},
+        "qemu.tracee": BASE
+        | {"abi", "linux"}
+        | {f"qemu.{name}" for name in ("parked", "urgency", "looking", "kept_signals", "process")},
         "session": TRACING | {"plan"},
         "worker": frozenset({"errors", "session", "qemu"}),
         "tool": BASE | {"abi", "tool", "policy.model"},
@@ -101,7 +107,7 @@ The longest row that covers a module counts.
 DEPENDENCIES: Final = frozenset({"lxml", "libvirt", "prometheus_client"})
 
 PURE: Final = (
-    *("abi", "policy.model", "plan", "tool.handshake", "tool.wire"),
+    *("abi", "policy.model", "plan", "tool.handshake", "tool.wire", "qemu.parked"),
     *("emulator.kernel", "emulator.protocol", "emulator.filter"),
     *("doctor.report", "doctor.facts", "doctor.check_hook", "doctor.check_host"),
     *("doctor.check_files", "doctor.check_vm"),
