@@ -192,6 +192,12 @@ class Victim:
                 os._exit(0)
         return child
 
+    def exec_again(self) -> None:
+        # Every other thread ends by that, whatever it is doing.
+        for fd in sys.argv[1:]:
+            os.set_inheritable(int(fd), True)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
     def wait_child(self, pid: int) -> int:
         return os.waitpid(pid, 0)[1]
 
