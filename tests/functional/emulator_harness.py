@@ -69,6 +69,22 @@ def wait_for_supervisor(pid: int) -> int:
     return found[-1]
 
 
+def stop_process(pid: int) -> None:
+    """Send SIGSTOP, and wait until the process has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{pid}/stat")
+    wait_until(
+        lambda: stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T",
+        what=f"process {pid} stops",
+    )
+
+
+def wait_until_notified(tid: int) -> None:
+    """Wait until thread *tid* waits for the supervisor's answer."""
+    wchan = Path(f"/proc/{tid}/wchan")
+    wait_until(lambda: "seccomp" in wchan.read_text(encoding="ascii"), what="the call is notified")
+
+
 def wait_for_end(pidfd: int, *, what: str) -> None:
     """Wait until the process behind *pidfd* has ended."""
     poll = select.poll()
@@ -233,19 +249,11 @@ class Emulated:
 
     def stop_supervisor(self) -> None:
         """Stop the supervisor, and wait until it is."""
-        os.kill(self.supervisor, signal.SIGSTOP)
-        stat = Path(f"/proc/{self.supervisor}/stat")
-        wait_until(
-            lambda: stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T",
-            what="the supervisor stops",
-        )
+        stop_process(self.supervisor)
 
     def wait_until_blocked(self, pid: int | None = None) -> None:
         """Wait until the victim's main thread, or *pid*, waits for the supervisor's answer."""
-        wchan = Path(f"/proc/{pid or self.pid}/wchan")
-        wait_until(
-            lambda: "seccomp" in wchan.read_text(encoding="ascii"), what="the call is notified"
-        )
+        wait_until_notified(pid or self.pid)
 
 
 class SecondThread:

@@ -51,10 +51,17 @@ class Qmp:
     def __init__(self, path: Path) -> None:
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(20)
-        self._sock.connect(str(path))
+        wait_until(lambda: self._connects(path), what="QEMU's monitor")
         self._file = self._sock.makefile("r")
         self._file.readline()
         self.ask("qmp_capabilities")
+
+    def _connects(self, path: Path) -> bool:
+        try:
+            self._sock.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):  # bound, but not listening yet
+            return False
+        return True
 
     def ask(self, execute: str, **arguments: Any) -> Any:
         """Return the answer to one command."""
@@ -152,7 +159,6 @@ def emulated_qemu(abi: str, directory: Path, *options: str) -> Iterator[Emulated
     command += ["-qmp", f"unix:{monitor},server=on,wait=off", "-sandbox", "on"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
-        wait_until(monitor.exists, what="QEMU's monitor")
         qmp = Qmp(monitor)
         try:
             yield Emulated(abi, process, qmp, directory)
