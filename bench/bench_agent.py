@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from agent_rig import RunningAgent
+from agent_rig import RunningAgent, Wanted, write_policy, write_status
 from figures import Figure
 from fleet import Fleet, raise_fd_limit
 from patient_tool import PatientTool
@@ -22,15 +22,12 @@ from patient_tool import PatientTool
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fleet import StandIn
-
 COUNT: Final = int(os.environ.get("KVMI_BENCH_VMS", "1000"))
 SUPERVISORS: Final = 2
 IDLE_S: Final = 20.0
 LET_GO_S: Final = 8.0
 STATUS_ROUNDS: Final = 11
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
-_URI: Final = "urn:kvmi-libvirt:introspection:1.0"
 
 
 def measure() -> Iterator[Figure]:
@@ -46,7 +43,7 @@ def measure() -> Iterator[Figure]:
             vms = fleet.start([f"vm{number}" for number in range(COUNT)])
             for vm in vms:
                 write_status(run_dir, vm)
-            write_policy(directory, events=("KVMI_VM_EVENT_UNHOOK",))
+            _allow(directory, "KVMI_VM_EVENT_UNHOOK")
             agent = RunningAgent(directory, domains=str(run_dir), run_dir=run_dir)
             agent.start()
             try:
@@ -64,7 +61,7 @@ def _figures(agent: RunningAgent, directory: Path) -> Iterator[Figure]:
         unit="s",
         what=f"to hook all {COUNT} VMs that ran before the agent",
     )
-    write_policy(directory, events=("KVMI_VM_EVENT_UNHOOK", "KVMI_VCPU_EVENT_BREAKPOINT"))
+    _allow(directory, "KVMI_VM_EVENT_UNHOOK", "KVMI_VCPU_EVENT_BREAKPOINT")
     began = time.monotonic()
     agent.reload()
     _wait_hooked(agent, events=2)
@@ -112,6 +109,11 @@ def _figures(agent: RunningAgent, directory: Path) -> Iterator[Figure]:
     )
 
 
+def _allow(directory: Path, *events: str) -> None:
+    wanted = Wanted(tool=directory / "tool.sock", events=events)
+    write_policy(directory, wanted.assignment())
+
+
 def _wait_hooked(agent: RunningAgent, *, events: int) -> None:
     def is_done() -> bool:
         if agent.ask("ping")["hooked"] < COUNT:
@@ -138,29 +140,3 @@ def _rss_mib(pid: int) -> float:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
     return 0.0
-
-
-def write_status(run_dir: Path, vm: StandIn) -> None:
-    """Write what libvirt would write down about a running VM."""
-    (run_dir / f"{vm.name}.xml").write_text(
-        f"<domstatus state='running' reason='booted' pid='{vm.pid}'>"
-        f"<domain type='kvm' id='1'><name>{vm.name}</name><uuid>{vm.uuid}</uuid>"
-        f"<memory unit='KiB'>4</memory><vcpu>{vm.vcpus}</vcpu>"
-        "<os><type arch='x86_64' machine='pc'>hvm</type></os></domain></domstatus>",
-        encoding="utf-8",
-    )
-
-
-def write_policy(directory: Path, *, events: tuple[str, ...]) -> None:
-    """Give every VM the same tool, one command, and *events*."""
-    allowed = "".join(f"<allow name='{name}'/>" for name in events)
-    new = directory / "host-policy.xml.new"
-    new.write_text(
-        f"<host-policy xmlns='{_URI}'><sockets><unix path='{directory}/*'/></sockets>"
-        "<assign><match name='*'/>"
-        f"<source type='unix' path='{directory}/tool.sock'><reconnect enabled='yes'/></source>"
-        "<commands><allow name='KVMI_VM_GET_INFO'/></commands>"
-        f"<events>{allowed}</events></assign></host-policy>",
-        encoding="utf-8",
-    )
-    new.rename(directory / "host-policy.xml")

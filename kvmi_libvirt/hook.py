@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 from xml.parsers import expat
 
-from kvmi_libvirt import hooklog
+from kvmi_libvirt import hooklog, linux, worker
+from kvmi_libvirt.beforehand import require_possible
+from kvmi_libvirt.early import TOO_LATE, require_not_run, watch_start
 from kvmi_libvirt.errors import (
     KvmiLibvirtError,
     PolicyError,
@@ -46,10 +48,13 @@ from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR, open_domain
 from kvmi_libvirt.state import StateDir
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmi_libvirt.introspect import OnHooked
     from kvmi_libvirt.policy.element import Domain
     from kvmi_libvirt.policy.limits import HostPolicy
     from kvmi_libvirt.policy.model import Policy
+    from kvmi_libvirt.qemu.process import Process
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +69,7 @@ class Operation(enum.Enum):
     """The operations of libvirt's qemu hook that mean something to us."""
 
     PREPARE = "prepare"
+    START = "start"
     STARTED = "started"
     STOPPED = "stopped"
     RELEASE = "release"
@@ -79,6 +85,7 @@ class Hook:
         state          the state directory
         run_dir        where libvirt keeps pidfiles
         host_policy    instead of the host's policy
+        watch_start    called for a start that is to be hooked early; must return at once
         on_hooked      as :func:`introspect.hook_vm` has it
         allow_standin  also serve stand-in VM processes without KVM
     """
@@ -89,6 +96,7 @@ class Hook:
         state: StateDir | None = None,
         run_dir: Path = LIBVIRT_QEMU_RUN_DIR,
         host_policy: Path | None = None,
+        watch_start: Callable[[Domain, Policy], None] | None = None,
         on_hooked: OnHooked | None = None,
         allow_standin: bool = False,
     ) -> None:
@@ -96,6 +104,7 @@ class Hook:
         self._state = state or StateDir()
         self._run_dir = run_dir
         self._host_policy = host_policy
+        self._watch_start = watch_start
         self._on_hooked = on_hooked
         self._allow_standin = allow_standin
 
@@ -114,6 +123,8 @@ class Hook:
         try:
             if known in (Operation.PREPARE, Operation.MIGRATE, Operation.RESTORE):
                 self._check(name, xml)
+            elif known is Operation.START:
+                self._watch(name, xml)
             elif known is Operation.STARTED:
                 self._start(name, xml)
             elif known is Operation.RECONNECT:
@@ -167,9 +178,40 @@ class Hook:
         return domain, policy
 
     def _check(self, name: str, xml: bytes) -> None:
-        policy = self._policy(name, xml)[1]
-        if policy is not None and policy.secret is not None:
-            read_secret(policy.secret)  # while the VM does not exist yet
+        # While the VM does not exist yet, or, at a migration, still runs elsewhere.
+        domain, policy = self._policy(name, xml)
+        if policy is None:
+            return
+        if policy.secret is not None:
+            read_secret(policy.secret)
+        require_possible(policy, domain.emulator)
+
+    def _watch(self, name: str, xml: bytes) -> None:
+        # QEMU does not exist yet. Whoever watches has to be at it when it does.
+        domain, policy = self._policy(name, xml)
+        if policy is None or not policy.early:
+            return
+        self._state.remove(domain.uuid)  # whatever is left of an earlier start
+        if self._watch_start is not None:
+            self._state.mark_start(domain.uuid)
+            self._watch_start(domain, policy)
+
+    def _end_watch(self, process: Process, domain: Domain, policy: Policy) -> None:
+        # The guest may run by now. If it does, and was not hooked before, it is too late.
+        self._state.end_start(domain.uuid)
+        if not policy.early:
+            return
+        recorded = self._state.load(domain.uuid)
+        if recorded is not None and is_same_process(recorded, process) and recorded.socket_inode:
+            return
+        try:
+            require_not_run(process)  # a paused start: nothing is lost
+        except SessionError as late:
+            reason = f": {recorded.error}" if recorded is not None and recorded.error else ""
+            late = SessionError(f"{late}{reason}", kind=TOO_LATE)
+            if policy.mode is Mode.REQUIRED:
+                raise late from None
+            logger.warning("domain %s: %s", domain.name, late)
 
     def _start(self, name: str, xml: bytes) -> None:
         try:
@@ -180,6 +222,7 @@ class Hook:
         if policy is None:
             return
         with open_domain(domain.name, domain.uuid, run_dir=self._run_dir) as process:
+            self._end_watch(process, domain, policy)
             try:
                 hook_vm(
                     process,
@@ -325,6 +368,31 @@ def read_xml(fd: int = 0) -> bytes:
     return b"".join(chunks)
 
 
+def _watch_detached(domain: Domain, policy: Policy) -> None:
+    # A child of its own, since libvirt waits for us and for whatever holds our stderr.
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        return
+    code = 1
+    try:
+        if os.fork():
+            os._exit(0)
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        worker.become_worker()
+        linux.set_process_title("kvmi-early")
+        watch_start(domain, policy, state=StateDir())
+        code = 0
+    except KvmiLibvirtError as error:
+        logger.error("domain %s: %s", domain.name, error)  # noqa: TRY400 - foreseen, one line
+    except BaseException:
+        logger.exception("domain %s: watching its start failed unexpectedly", domain.name)
+    finally:
+        os._exit(code)
+
+
 def main(argv: list[str]) -> int:
     """Run one hook call; *argv* is the script's: name, operation, suboperation, extra."""
     # Whatever writes to stdout, now or in a later version: it must not reach libvirt.
@@ -336,7 +404,7 @@ def main(argv: list[str]) -> int:
         return 0
     name, operation = argv[0], argv[1]
     try:
-        veto = Hook().run(name, operation, read_xml())
+        veto = Hook(watch_start=_watch_detached).run(name, operation, read_xml())
     except Exception as error:
         # The process edge: libvirt must get an answer, the log the traceback. Not
         # VETO, so that the script decides by its own, simpler means.

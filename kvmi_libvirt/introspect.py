@@ -24,6 +24,7 @@ from kvmi_libvirt import state as st
 from kvmi_libvirt.abi import revisions
 from kvmi_libvirt.abi.kvmi import Ioctl, KvmiAbi
 from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt.beforehand import pinned_revision
 from kvmi_libvirt.errors import (
     ExitCode,
     HandshakeRefused,
@@ -33,10 +34,10 @@ from kvmi_libvirt.errors import (
     StateError,
     TargetError,
     TargetUnsuitable,
-    UnsupportedByKernel,
 )
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.plan import (
+    NO_GRANTS,
     Grants,
     Plan,
     grants_after,
@@ -45,9 +46,11 @@ from kvmi_libvirt.plan import (
     left_out,
     make_plan,
     names_of,
+    touched_by,
 )
 from kvmi_libvirt.policy.adjust import adjust, merged
 from kvmi_libvirt.policy.digest import digest
+from kvmi_libvirt.policy.model import Mode, Policy, Rights, parse_source
 from kvmi_libvirt.policy.secret import read_secret
 from kvmi_libvirt.qemu.layout import highest_ram_end
 from kvmi_libvirt.qemu.process import Process
@@ -66,11 +69,10 @@ from kvmi_libvirt.tool.connect import (
 from kvmi_libvirt.tool.handshake import Answer, Hello, cookie_hash, pack_hello
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator
 
     from kvmi_libvirt.policy.element import Domain
     from kvmi_libvirt.policy.limits import Ceiling
-    from kvmi_libvirt.policy.model import Mode, Policy
     from kvmi_libvirt.qemu.process import VmFds
     from kvmi_libvirt.state import StateDir, VmState
 
@@ -96,7 +98,7 @@ def hook_vm(
     *,
     state: StateDir,
     allow_standin: bool = False,
-    adjusted: Collection[str] = (),
+    keeps_adjusted: bool = False,
     ceiling: Ceiling | None = None,
     on_hooked: OnHooked | None = None,
 ) -> VmState:
@@ -109,8 +111,8 @@ def hook_vm(
         process        identified by the caller; borrowed
         domain         what the domain XML says
         allow_standin  also serve a stand-in VM process without KVM
-        adjusted       what was changed by hand on top of the policy, to be kept
-        ceiling        what *adjusted* may not go above
+        keeps_adjusted what was changed by hand on top of this very policy is kept
+        ceiling        what is kept may not go above it
         on_hooked      called with the record, what the session did, and our copy of the
                        channel, which is closed afterwards
     Returns
@@ -120,6 +122,7 @@ def hook_vm(
     """
     with state.locked(domain.uuid, deadline=time.monotonic() + _LOCK_S):
         dead = _require_unhooked(process, domain, state)
+        adjusted = _kept(process, domain.uuid, policy, state) if keeps_adjusted else ()
         try:
             fds = _ready_vm(process, domain, allow_standin=allow_standin)
             _take_off_leftovers(process, domain.uuid, fds, state)
@@ -132,7 +135,7 @@ def hook_vm(
                     _record(process, domain, policy, state=st.HOOKED, abi=abi.name),
                     socket_inode=os.fstat(sock.fileno()).st_ino,
                     vcpus=fds.vcpu_count,
-                    adjusted=tuple(adjusted),
+                    adjusted=adjusted,
                 )
                 record = _with_grants(record, grants_after(plan, None), abi)
                 _save_hooked(process, record, fds, abi, state)
@@ -143,7 +146,7 @@ def hook_vm(
         except KvmiLibvirtError as error:
             record = dataclasses.replace(
                 _record(process, domain, policy, state=st.FAILED, error=str(error)),
-                adjusted=tuple(adjusted),
+                adjusted=adjusted,
             )
             if dead is not None:  # its hook is still on, and must come off next time
                 record = dataclasses.replace(record, abi=dead.abi, socket_inode=dead.socket_inode)
@@ -157,11 +160,13 @@ def record_failure(
 ) -> None:
     """Record that a running VM is not hooked, for a reason found before its policy was.
 
-    Never replaces the record of a VM that is hooked.
+    Never replaces the record of a VM that is hooked, and keeps what was changed by hand.
     """
     with state.locked(uuid, deadline=time.monotonic() + _LOCK_S):
         recorded = _load(state, uuid)
-        if recorded is not None and recorded.socket_inode and is_same_process(recorded, process):
+        if recorded is not None and not is_same_process(recorded, process):
+            recorded = None
+        if recorded is not None and recorded.socket_inode:
             return
         state.save(
             st.VmState(
@@ -178,6 +183,8 @@ def record_failure(
                 since=st.now_text(),
                 error=" ".join(str(error).split()),
                 socket_inode=0,
+                policy="" if recorded is None else recorded.policy,
+                adjusted=() if recorded is None else recorded.adjusted,
             )
         )
 
@@ -215,6 +222,14 @@ def _load(state: StateDir, uuid: str) -> VmState | None:
     except StateError as error:
         logger.warning("%s", error)
         return None
+
+
+def _kept(process: Process, uuid: str, policy: Policy, state: StateDir) -> tuple[str, ...]:
+    # What was changed by hand lives as long as the policy it was made on.
+    recorded = _load(state, uuid)
+    if recorded is None or not is_same_process(recorded, process):
+        return ()
+    return recorded.adjusted if recorded.policy == digest(policy) else ()
 
 
 def _take_off_leftovers(process: Process, uuid: str, fds: VmFds, state: StateDir) -> None:
@@ -349,23 +364,14 @@ def probe_revision(process: Process, fds: VmFds, *, pin: str | None = None) -> K
         deadline=deadline,
         keep_fds=process.owned_fds,
     )
-    probed = revisions.by_name(report.abi)
-    abi = revisions.pinned(probed, pin)
-    if abi is None:
-        raise UnsupportedByKernel(
-            f"the host policy says the kernel's KVMI revision is {pin}, but it is {probed.name}; "
-            f"correct <kernel abi=...>"
-        )
-    if abi.name not in (probed.name, pin):
-        logger.warning(
-            "the host policy says the kernel's KVMI revision is %s, but it answers as %s: what "
-            "differs is not granted; correct or remove <kernel abi=...>",
-            *(pin, probed.name),
-        )
-    return abi
+    return pinned_revision(revisions.by_name(report.abi), pin)
 
 
 def _tell_what_is_left_out(name: str, policy: Policy, abi: KvmiAbi) -> None:
+    cut = policy.commands.cut | policy.events.cut
+    if cut:
+        text = ", ".join(sorted(cut))
+        logger.warning("domain %s: above this host's ceiling, not granted: %s", name, text)
     commands, events = left_out(policy, abi)
     if commands or events:
         names = ", ".join(sorted(commands | events))
@@ -462,13 +468,28 @@ def _grants_in_force(record: VmState, abi: KvmiAbi) -> Grants:
     )
 
 
+def _grants_unsure(record: VmState) -> Grants:
+    return Grants(
+        commands=frozenset(record.unsure_commands), events=frozenset(record.unsure_events)
+    )
+
+
+def _with_unsure(record: VmState, unsure: Grants) -> VmState:
+    return dataclasses.replace(
+        record,
+        unsure_commands=tuple(sorted(unsure.commands)),
+        unsure_events=tuple(sorted(unsure.events)),
+    )
+
+
 def change_vm(
     process: Process,
     uuid: str,
     wanted: Policy | Callable[[VmState], Policy],
     *,
     state: StateDir,
-    adjusted: Collection[str] = (),
+    by_hand: bool = True,
+    keeps_adjusted: bool = False,
     ceiling: Ceiling | None = None,
 ) -> VmState:
     """Move the rights of a hooked VM from what is in force to what *wanted* says.
@@ -482,8 +503,9 @@ def change_vm(
         uuid     the domain's
         wanted   a policy, or what makes one of what is recorded now: the latter is a
                  change by hand, which the VM keeps while its policy stays the same
-        adjusted what was changed by hand on top of a policy, to be kept
-        ceiling  what *adjusted* may not go above
+        by_hand  False: such a change is not kept
+        keeps_adjusted  what was changed by hand on top of this very policy is kept
+        ceiling  what is kept may not go above it
     Returns
         the recorded state, with what is in force now
     Raises
@@ -504,7 +526,12 @@ def change_vm(
         if _is_closed(recorded):
             text = f"domain '{recorded.domain}': the tool has closed its channel; hook it anew"
             raise SessionError(text, exit_code=ExitCode.HANDSHAKE)
-        policy = wanted(recorded) if callable(wanted) else adjust(wanted, adjusted, ceiling)
+        adjusted: tuple[str, ...] = ()
+        if callable(wanted):
+            policy = wanted(recorded)
+        else:
+            adjusted = _kept(process, uuid, wanted, state) if keeps_adjusted else ()
+            policy = adjust(wanted, adjusted, ceiling)
         if recorded.source != policy.source.describe():
             raise SessionError(
                 f"the policy names the tool at {policy.source.describe()}, but domain "
@@ -513,8 +540,8 @@ def change_vm(
             )
         _require_proven(recorded, policy)
         abi = abi_of(recorded)
-        before = _grants_in_force(recorded, abi)
-        plan = make_plan(policy, abi, before)
+        before, unsure = _grants_in_force(recorded, abi), _grants_unsure(recorded)
+        plan = make_plan(policy, abi, before, unsure=unsure)
         _tell_what_is_left_out(recorded.domain, policy, abi)
         done = len(plan.steps)
         failure: SessionError | None = None
@@ -522,6 +549,9 @@ def change_vm(
             process.require_traceable()
             fds = process.vm_fds(allow_standin=True)
             deadline = time.monotonic() + SESSION_S
+            # Should nobody live to tell how far it came, the next change starts from that.
+            unsure = touched_by(plan, unsure)
+            state.save(_with_unsure(recorded, unsure))
             try:
                 worker.run(
                     lambda: session.change(process, fds.vm, plan, deadline=deadline),
@@ -531,21 +561,22 @@ def change_vm(
             except SessionError as error:
                 done, failure = len(error.applied), error
         after = grants_after(Plan(abi=abi, steps=plan.steps[:done]), before)
+        unsure = unsure if failure is not None else NO_GRANTS
         record = dataclasses.replace(
-            _with_grants(recorded, after, abi),
+            _with_unsure(_with_grants(recorded, after, abi), unsure),
             mode=policy.mode.value,
             error=None if failure is None else f"changing its rights failed half way: {failure}",
         )
         if callable(wanted):
-            record = _adjusted(record, recorded)
+            record = _adjusted(record, recorded) if by_hand else record
         elif failure is None:
             record = dataclasses.replace(
                 record,
                 policy=digest(wanted),
-                adjusted=tuple(adjusted),
+                adjusted=adjusted,
                 unhook_s=math.ceil(wanted.unhook_timeout_s),
             )
-        if record != recorded:
+        if plan.steps or record != recorded:
             state.save(record)
         if failure is not None:
             raise failure
@@ -558,6 +589,34 @@ def _adjusted(record: VmState, before: VmState) -> VmState:
     now, then = ({*some.commands, *some.events} for some in (record, before))
     adjusted = merged(before.adjusted, added=now - then, removed=then - now)
     return dataclasses.replace(record, adjusted=adjusted)
+
+
+def lower_vm(process: Process, uuid: str, limit: Ceiling | Policy, *, state: StateDir) -> VmState:
+    """Take what is above *limit* from a hooked VM; allow nothing, and end nothing.
+
+    For when its policy cannot be carried out: what the limit does not allow goes all
+    the same. The record keeps the policy that it tells of.
+
+    Returns
+        the recorded state, with what is in force now
+    Raises
+        SessionError  as :func:`change_vm`
+    """
+
+    def lowered(recorded: VmState) -> Policy:
+        def within(names: tuple[str, ...], kind: str, most: Rights) -> Rights:
+            kept = frozenset(names) & most.allowed
+            everything = kind in recorded.all_ids and most.everything
+            return Rights(allowed=kept, optional=kept, everything=everything)
+
+        return Policy(
+            mode=Mode(recorded.mode),
+            source=parse_source(recorded.source or ""),
+            commands=within(recorded.commands, "commands", limit.commands),
+            events=within(recorded.events, "events", limit.events),
+        )
+
+    return change_vm(process, uuid, lowered, state=state, by_hand=False)
 
 
 def ask_to_leave(process: Process, recorded: VmState, *, state: StateDir) -> bool:
@@ -634,6 +693,8 @@ def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmStat
             socket_inode=0,
             all_ids=(),
             adjusted=(),
+            unsure_commands=(),
+            unsure_events=(),
         )
         state.save(record)
         return record
@@ -763,3 +824,37 @@ def unhook_unrecorded(process: Process, uuid: str, *, state: StateDir) -> bool:
     with state.locked(uuid, deadline=time.monotonic() + _LOCK_S):
         process.require_traceable()
         return clean_up(process, uuid, process.vm_fds(allow_standin=True), state)
+
+
+def interrupted(left: st.Leftover, state: StateDir) -> VmState | None:
+    """Return what can be said of a VM of which only a journal tells, None when it has ended.
+
+    Its hook, and sockets in QEMU, may be left of a session that died.
+    """
+    uuid, journal = left.uuid, left.journal
+    try:
+        with Process(Pid(journal.pid)) as process:
+            if process.start_ticks != journal.start_ticks:
+                return None
+            name = process.guest_name() or uuid
+    except TargetError:
+        return None
+    is_at_work = state.is_locked(uuid)
+    return st.VmState(
+        domain=name,
+        uuid=uuid,
+        pid=journal.pid,
+        start_ticks=journal.start_ticks,
+        abi=None,
+        mode="unknown",
+        state=st.WAITING if is_at_work else st.FAILED,
+        source=None,
+        commands=(),
+        events=(),
+        since=left.since,
+        error="it is being hooked right now"
+        if is_at_work
+        else "a session with it was interrupted and may have left its hook in place; "
+        f"'kvmi-libvirt unhook {name}' takes that off",
+        socket_inode=0,
+    )

@@ -61,7 +61,8 @@ def _connection(uri: str) -> Iterator[Any]:
     try:
         yield connection
     finally:
-        connection.close()
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,32 @@ def domain_xml(domain: str, *, uri: str = DEFAULT_URI, of_config: bool = False) 
             raise LibvirtError(f"domain '{domain}': {error}") from error
 
 
+def all_domains(*, uri: str = DEFAULT_URI) -> list[DomainXml]:
+    """Return every domain with the XML that is in force now; those that vanish are left out.
+
+    Raises
+        LibvirtError  libvirt is not there, or refused
+    """
+    with _connection(uri) as connection:
+        import libvirt
+
+        found = []
+        try:
+            for domain in connection.listAllDomains(0):
+                with contextlib.suppress(libvirt.libvirtError):
+                    found.append(
+                        DomainXml(
+                            name=domain.name(),
+                            uuid=domain.UUIDString(),
+                            xml=domain.XMLDesc(0).encode(),
+                            is_active=bool(domain.isActive()),
+                        )
+                    )
+        except libvirt.libvirtError as error:
+            raise LibvirtError(f"domains at {uri}: {error}") from error
+        return found
+
+
 def set_metadata(
     domain: str,
     element: str | None,
@@ -162,6 +189,83 @@ def set_metadata(
         except libvirt.libvirtError as error:
             raise LibvirtError(f"domain '{domain}': {error}") from error
         return before
+
+
+def version(*, uri: str = DEFAULT_URI) -> str:
+    """Return libvirt's version there, as in "9.0.0"; a daemon that starts is waited for.
+
+    Raises
+        LibvirtError  libvirt is not there
+    """
+    with _connection(uri) as connection:
+        import libvirt
+
+        try:
+            number = int(connection.getLibVersion())
+        except libvirt.libvirtError as error:
+            raise LibvirtError(f"libvirt at {uri}: {error}") from error
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+class PausedDomain:
+    """A domain that was just started, none of whose vCPUs ran yet."""
+
+    def __init__(self, domain: Any) -> None:
+        """Take what libvirt says of it. Raises libvirt's error."""
+        self._domain = domain
+        self.name: str = domain.name()
+        self.uuid: str = domain.UUIDString()
+        self.xml: bytes = domain.XMLDesc(0).encode()
+        self.is_decided = False
+
+    def resume(self) -> None:
+        """Let its vCPUs run. Raises LibvirtError; it is paused still then."""
+        with _said_by_libvirt(f"domain '{self.name}' cannot be resumed"):
+            self._domain.resume()
+        self.is_decided = True
+
+    def destroy(self) -> None:
+        """End it. Raises LibvirtError."""
+        with _said_by_libvirt(f"domain '{self.name}' cannot be destroyed"):
+            self._domain.destroy()
+        self.is_decided = True
+
+
+@contextlib.contextmanager
+def _said_by_libvirt(what: str) -> Iterator[None]:
+    libvirt = _library()
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise LibvirtError(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
+def started_paused(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[PausedDomain]:
+    """Start *domain*, its name or uuid, with its vCPUs paused.
+
+    In the block it is to be resumed or destroyed; if neither happened at its end, as
+    when it was interrupted, it is destroyed: nobody would know why it does not run.
+
+    Raises
+        TargetNotFound  no such domain, or it runs already
+        LibvirtError    libvirt is not there, or the start failed; the message says why
+    """
+    with _connection(uri) as connection:
+        libvirt = _library()
+        found = _lookup(connection, domain, uri)
+        with _said_by_libvirt(f"domain '{domain}'"):
+            if found.isActive():
+                raise TargetNotFound(f"domain '{found.name()}' runs already")
+        with _said_by_libvirt(f"domain '{found.name()}' does not start"):
+            found.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+            paused = PausedDomain(found)
+        try:
+            yield paused
+        finally:
+            if not paused.is_decided:
+                with contextlib.suppress(libvirt.libvirtError):
+                    found.destroy()
 
 
 def is_local(uri: str) -> bool:

@@ -73,14 +73,18 @@ NO_GRANTS: Final = Grants()
 """What the kernel allows right after HOOK."""
 
 
-def make_plan(policy: Policy, abi: KvmiAbi, current: Grants | None) -> Plan:
+def make_plan(
+    policy: Policy, abi: KvmiAbi, current: Grants | None, *, unsure: Grants = NO_GRANTS
+) -> Plan:
     """Return the steps from *current* to what *policy* says.
 
     Parameters
         current  what is allowed now; None for a VM that is not hooked, whose plan
                  then begins with HOOK
+        unsure   of which it is not known whether it is allowed, whatever *current* says
     Returns
-        the fewest steps that keep the promises above; none when nothing changes.
+        the fewest steps that keep the promises above; none when nothing changes and
+        nothing is unsure.
     Raises
         UnsupportedByKernel  *abi* lacks something the policy demands.
     """
@@ -90,10 +94,10 @@ def make_plan(policy: Policy, abi: KvmiAbi, current: Grants | None) -> Plan:
     wanted_events = events.wanted(policy.events)
     steps = [] if current is not None else [Step(ioctl=Ioctl.HOOK, request=abi.request(Ioctl.HOOK))]
     held = NO_GRANTS if current is None else current
-    steps += commands.denials(held.commands, wanted_commands)
-    steps += events.denials(held.events, wanted_events)
-    steps += commands.allowances(held.commands, wanted_commands, policy.commands)
-    steps += events.allowances(held.events, wanted_events, policy.events)
+    steps += commands.denials(held.commands | unsure.commands, wanted_commands)
+    steps += events.denials(held.events | unsure.events, wanted_events)
+    steps += commands.allowances(held.commands - unsure.commands, wanted_commands, policy.commands)
+    steps += events.allowances(held.events - unsure.events, wanted_events, policy.events)
     return Plan(abi=abi, steps=tuple(steps))
 
 
@@ -129,6 +133,20 @@ def grants_after(plan: Plan, current: Grants | None) -> Grants:
                 ids = _Kind.events(abi).after(step, now.events)
                 now = Grants(commands=now.commands, events=ids)
     return NO_GRANTS if now is None else now
+
+
+def touched_by(plan: Plan, unsure: Grants = NO_GRANTS) -> Grants:
+    """Return every id that some step of *plan* changes, and *unsure*.
+
+    Of these nobody knows whether they are allowed when the plan was begun and not seen
+    to end.
+    """
+    ids = {Ioctl.COMMAND: unsure.commands, Ioctl.EVENT: unsure.events}
+    kinds = {Ioctl.COMMAND: _Kind.commands(plan.abi), Ioctl.EVENT: _Kind.events(plan.abi)}
+    for step in plan.steps:
+        if step.ioctl in kinds:
+            ids[step.ioctl] |= kinds[step.ioctl].changed_by(step)
+    return Grants(commands=ids[Ioctl.COMMAND], events=ids[Ioctl.EVENT])
 
 
 def left_out(policy: Policy, abi: KvmiAbi) -> tuple[frozenset[str], frozenset[str]]:
@@ -240,8 +258,11 @@ class _Kind:
         else:
             yield from (self._step(1, id_) for id_ in sorted(added))
 
+    def changed_by(self, step: Step) -> frozenset[int]:
+        return self.grantable if step.id == ALL_IDS else self.grantable & {step.id}
+
     def after(self, step: Step, held: frozenset[int]) -> frozenset[int]:
-        changed = self.grantable if step.id == ALL_IDS else self.grantable & {step.id}
+        changed = self.changed_by(step)
         return held | changed if step.allow else held - changed
 
     def _step(self, allow: int, id_: int) -> Step:

@@ -23,11 +23,13 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from kvmi_libvirt.errors import ExitCode, KvmiLibvirtError, RestoreFailed, SessionError
-from kvmi_libvirt.qemu.tracee import start_deadline_timer, stop_deadline_timer
+from kvmi_libvirt.qemu.tracee import hold, start_deadline_timer, stop_deadline_timer
 from kvmi_libvirt.session import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
+
+    from kvmi_libvirt.qemu.process import Process
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,40 @@ def become_worker() -> None:
     _is_worker = True
 
 
-def _run_here(session: Callable[[], Report]) -> Report:
+_timers = 0  # how many blocks want the deadline timer
+
+
+@contextlib.contextmanager
+def _deadline_timer() -> Iterator[None]:
+    global _timers
+    _timers += 1
     start_deadline_timer()
     try:
-        answer = _encode(session)
+        yield
     finally:
-        stop_deadline_timer()
+        _timers -= 1
+        if not _timers:
+            stop_deadline_timer()
+
+
+@contextlib.contextmanager
+def holding(process: Process, *, deadline: float) -> Iterator[None]:
+    """Keep QEMU's main thread stopped over several calls of :func:`run`, and between them.
+
+    Only in a process that called :func:`become_worker`.
+
+    Raises
+        TargetBusy  not found parked until the deadline; nothing was touched
+        TargetGone  the process ended
+    """
+    assert _is_worker
+    with _deadline_timer(), hold(process, deadline=deadline):
+        yield
+
+
+def _run_here(session: Callable[[], Report]) -> Report:
+    with _deadline_timer():
+        answer = _encode(session)
     return _report(answer)
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +19,9 @@ from host import HostError, wait_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from fleet import StandIn
+
+URI: Final = "urn:kvmi-libvirt:introspection:1.0"
 PROGRAM: Final = Path(sys.executable).with_name("kvmi-libvirt")
 _START_S: Final = 30.0
 _END_S: Final = 30.0
@@ -80,7 +84,9 @@ class RunningAgent:
         assert self.process is not None
         return self.process.pid
 
-    def start(self, environment: dict[str, str] | None = None) -> None:
+    def start(
+        self, environment: dict[str, str] | None = None, *, pass_fds: Sequence[int] = ()
+    ) -> None:
         """Start it, and wait until it answers."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -89,18 +95,22 @@ class RunningAgent:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **(environment or {})},
+                pass_fds=pass_fds,
             )
         deadline = time.monotonic() + _START_S
-        while True:
-            try:
-                self.ask("ping")
-                return
-            except (OSError, ValueError):
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    text = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-                    self.stop()
-                    raise HostError(f"the agent does not answer: {text}") from None
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                text = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+                self.stop()
+                raise HostError(f"the agent does not answer: {text}")
             time.sleep(0.02)
+
+    def answers(self) -> bool:
+        """Say whether an agent answers where this one does."""
+        try:
+            return bool(self.ask("ping"))
+        except (OSError, ValueError):
+            return False
 
     def stop(self) -> None:
         """End it as a service manager does; nothing when it has ended."""
@@ -174,3 +184,93 @@ class RunningAgent:
         for pid in found:
             found += children.get(pid, [])
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Introspection as an operator writes it down, for a VM or for the whole host.
+
+    Parameters
+        tool         where the tool listens
+        reconnect_s  None: it is not called again
+    """
+
+    tool: Path
+    commands: Sequence[str] = ("KVMI_VM_GET_INFO",)
+    events: Sequence[str] = ()
+    mode: str = "optional"
+    reconnect_s: int | None = 10
+    handshake_s: int = 3
+    unhook_s: int = 60
+
+    def element(self) -> str:
+        """Return it as the element of a domain's metadata."""
+        return f"<introspection xmlns='{URI}' mode='{self.mode}'>{self._body()}</introspection>"
+
+    def assignment(self, name: str = "*") -> str:
+        """Return it as the host policy's assignment to all domains of such a name."""
+        return f"<assign mode='{self.mode}'><match name='{name}'/>{self._body()}</assign>"
+
+    def _body(self) -> str:
+        reconnect = "<reconnect enabled='no'/>"
+        if self.reconnect_s is not None:
+            reconnect = f"<reconnect enabled='yes' timeout='{self.reconnect_s}'/>"
+        return (
+            f"<source type='unix' path='{self.tool}'>{reconnect}</source>"
+            f"<handshake timeout='{self.handshake_s}'/><unhook timeout='{self.unhook_s}'/>"
+            f"<commands>{_allowed(self.commands)}</commands>"
+            f"<events>{_allowed(self.events)}</events>"
+        )
+
+
+def write_policy(
+    directory: Path,
+    *assignments: str,
+    ceiling: Sequence[str] | None = None,
+    excess: str = "refuse",
+    sockets: Sequence[Path] | None = None,
+) -> None:
+    """Write the host's policy, at once.
+
+    Parameters
+        directory  of the policy; tools may listen in it, or where *sockets* says
+        ceiling    names of commands, None for no ceiling
+    """
+    places = (directory / "*",) if sockets is None else sockets
+    top = ""
+    if ceiling is not None:
+        top = f"<ceiling excess='{excess}'><commands>{_allowed(ceiling)}</commands></ceiling>"
+    text = "".join(f"<unix path='{place}'/>" for place in places)
+    _replace(
+        directory / "host-policy.xml",
+        f"<host-policy xmlns='{URI}'><sockets>{text}</sockets>{top}{''.join(assignments)}"
+        "</host-policy>",
+    )
+
+
+def _allowed(names: Sequence[str]) -> str:
+    return "".join(f"<allow name='{name}'/>" for name in names)
+
+
+def domain_xml(vm: StandIn, metadata: str = "") -> str:
+    """Return what libvirt would say of a running VM."""
+    return (
+        f"<domain type='kvm' id='1'><name>{vm.name}</name><uuid>{vm.uuid}</uuid>"
+        f"<metadata>{metadata}</metadata><memory unit='KiB'>4</memory><vcpu>{vm.vcpus}</vcpu>"
+        "<os><type arch='x86_64' machine='pc'>hvm</type></os></domain>"
+    )
+
+
+def write_status(run_dir: Path, vm: StandIn, metadata: str = "") -> None:
+    """Write down what libvirt would about a running VM, at once."""
+    _replace(
+        run_dir / f"{vm.name}.xml",
+        f"<domstatus state='running' reason='booted' pid='{vm.pid}'>"
+        f"{domain_xml(vm, metadata)}</domstatus>",
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.rename(path)

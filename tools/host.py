@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt import installer
+from kvmi_libvirt import daemons, installer
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.state import STATE_DIR, StateDir
 
@@ -195,9 +195,10 @@ def reload_libvirtd() -> None:
         script.chmod(0o755)
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            if not installer.reload_daemons():
+            if not daemons.reload_daemons():
                 raise HostError("no libvirt daemon to reload")
             wait_for(lambda: _has_data(reader), what="libvirtd reloads")
+            daemons.remember(daemons.running_daemons())
         finally:
             os.close(reader)
             script.unlink()
@@ -225,6 +226,7 @@ def hook_installed() -> Iterator[Path]:
     finally:
         if before is None:
             installer.uninstall_hook()
+            daemons.forget()
         else:
             path.write_bytes(before)
         if made_dir:
@@ -319,11 +321,18 @@ def public_directory() -> Iterator[Path]:
         yield Path(name)
 
 
-def marker_rom() -> bytes:
-    """Return a 64 KiB firmware that sends 'K' to the first serial port, for ever.
+def marker_rom(*, once: bool = False) -> bytes:
+    """Return a 64 KiB firmware that sends 'K' to the first serial port, for ever or once.
 
-    Its loop stands at the reset vector: the first instruction the guest executes.
+    That stands at the reset vector: the first instruction the guest executes.
     """
+    send_once = bytes.fromhex(
+        "ba f8 03"  # mov dx, 0x3f8
+        "b0 4b"  # mov al, 'K'
+        "ee"  # out dx, al
+        "fa f4"  # cli; hlt
+        "eb fd"  # jmp to the hlt
+    )
     loop = bytes.fromhex(
         "ba f8 03"  # mov dx, 0x3f8
         "b0 4b"  # mov al, 'K'
@@ -332,7 +341,8 @@ def marker_rom() -> bytes:
         "e2 fe"  # loop to itself
         "eb f8"  # jmp to the out
     )
-    return loop.rjust(0x10000 - 16 + len(loop), b"\xf4").ljust(0x10000, b"\xf4")
+    code = send_once if once else loop
+    return code.rjust(0x10000 - 16 + len(code), b"\xf4").ljust(0x10000, b"\xf4")
 
 
 def write(path: Path, text: str) -> Path:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An introspection tool that takes every VM that comes, and keeps it: for tests of scale.
 
-    python patient_tool.py SOCKET
+    python patient_tool.py SOCKET [SECONDS]
 
 listens, shakes hands with any number of VMs and holds their channels open. It is told what to do
 by JSON lines on its standard input, and ends with it; :class:`PatientTool` is the other
@@ -11,17 +11,21 @@ end. One thread, nothing done while nothing happens.
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
+import struct
 import subprocess
 import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.errors import HandshakeProtocolError
 from kvmi_libvirt.tool.handshake import Hello, HelloReader, pack_answer
 from kvmi_libvirt.tool.probe import listen_unix
 from kvmi_libvirt.tool.wire import (
+    UNHOOK_EVENT,
     Message,
     MessageReader,
     WireError,
@@ -36,17 +40,20 @@ if TYPE_CHECKING:
 _BACKLOG: Final = 4096
 _CHECK_COMMAND: Final = 4
 _CHECK_EVENT: Final = 6
+_CONTROL_EVENTS: Final = V12.commands_by_name["KVMI_VM_CONTROL_EVENTS"].id
+_CONTROL: Final = struct.Struct("<HBBI")  # event, enable, two paddings
 
 
 class PatientTool:
     """A running patient tool. Use it with ``with``.
 
     Parameters
-        path  where it listens, before this returns; /run/kvmi/tool.sock for example
+        path            where it listens, before this returns; /run/kvmi/tool.sock for example
+        answer_after_s  seconds it takes for its part of the handshake
     """
 
-    def __init__(self, path: Path) -> None:
-        command = [sys.executable, __file__, str(path)]
+    def __init__(self, path: Path, *, answer_after_s: float = 0.0) -> None:
+        command = [sys.executable, __file__, str(path), str(answer_after_s)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -86,6 +93,20 @@ class PatientTool:
         found: list[int | None] = self._ask(op="check", uuid=domain_uuid, asked=asked)
         return found
 
+    def subscribe(self, domain_uuid: str, *, lets_go: bool) -> int | None:
+        """Ask the kernel to be told when the VM is to be let go, and close its channel then or not.
+
+        Returns
+            the error number of CONTROL_EVENTS; None when the channel is closed
+        """
+        found: int | None = self._ask(op="subscribe", uuid=domain_uuid, lets_go=lets_go)
+        return found
+
+    def asked(self, domain_uuid: str) -> int:
+        """Return how often the tool was asked to let go of a VM, on all its channels."""
+        found: int = self._ask(op="asked", uuid=domain_uuid)
+        return found
+
     def drop(self, domain_uuid: str | None = None) -> int:
         """Close the channel of one VM, or of all; return how many it closed."""
         found: int = self._ask(op="drop", uuid=domain_uuid)
@@ -114,6 +135,7 @@ class _Channel(asyncio.Protocol):
         self._hello = HelloReader()
         self._messages: MessageReader | None = None
         self._waiting: list[asyncio.Future[Message | None]] = []
+        self.lets_go = False
         self.vm: Hello | None = None
         self.transport: asyncio.WriteTransport | None = None
 
@@ -136,6 +158,11 @@ class _Channel(asyncio.Protocol):
             assert self.transport is not None
             self.vm = hello
             self._messages = MessageReader()
+            asyncio.get_running_loop().call_later(self._tool.answer_after_s, self._answer)
+
+    def _answer(self) -> None:
+        assert self.transport is not None
+        if not self.transport.is_closing():
             self.transport.write(pack_answer())
             self._tool.came(self)
 
@@ -144,8 +171,12 @@ class _Channel(asyncio.Protocol):
             return
         self._messages.feed(data)
         while (message := self._messages.take()) is not None:
-            is_reply = message.id in (_CHECK_COMMAND, _CHECK_EVENT)
-            if is_reply and self._waiting:
+            if message.id == UNHOOK_EVENT:
+                assert self.vm is not None
+                self._tool.asked_to_leave(str(self.vm.uuid))
+                if self.lets_go:
+                    self.close()
+            elif self._waiting:
                 self._waiting.pop(0).set_result(message)
 
     def connection_lost(self, _error: Exception | None) -> None:
@@ -159,19 +190,27 @@ class _Channel(asyncio.Protocol):
         self.transport.close()
 
     async def check(self, command: int, asked: int) -> int | None:
+        return await self._call(command, pack_check(asked))
+
+    async def subscribe(self) -> int | None:
+        return await self._call(_CONTROL_EVENTS, _CONTROL.pack(UNHOOK_EVENT, 1, 0, 0))
+
+    async def _call(self, command: int, payload: bytes) -> int | None:
         assert self.transport is not None
         if self.transport.is_closing():
             return None
         future: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        self.transport.write(pack_message(command, 0, pack_check(asked)))
+        self.transport.write(pack_message(command, 0, payload))
         message = await future
         return None if message is None else decode_reply(message, id=command, seq=0).error
 
 
 class _Tool:
-    def __init__(self) -> None:
+    def __init__(self, answer_after_s: float) -> None:
+        self.answer_after_s = answer_after_s
         self._channels: list[_Channel] = []
+        self._asked: collections.Counter[str] = collections.Counter()
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -183,6 +222,9 @@ class _Tool:
         if channel in self._channels:
             self._channels.remove(channel)
             self._tell()
+
+    def asked_to_leave(self, domain_uuid: str) -> None:
+        self._asked[domain_uuid] += 1
 
     def _tell(self) -> None:
         async def notify() -> None:
@@ -198,6 +240,8 @@ class _Tool:
             "connected": self._connected,
             "wait": self._wait,
             "check": self._check,
+            "subscribe": self._subscribe,
+            "asked": self._asked_of,
             "drop": self._drop,
         }
         return await actions[request.pop("op")](**request)
@@ -225,6 +269,16 @@ class _Tool:
             errors = [await channel.check(command, id_) for command, id_ in asked]
         return errors
 
+    async def _subscribe(self, uuid: str, lets_go: bool) -> int | None:
+        error: int | None = None
+        for channel in self._of(uuid):
+            channel.lets_go = lets_go
+            error = await channel.subscribe()
+        return error
+
+    async def _asked_of(self, uuid: str) -> int:
+        return self._asked[uuid]
+
     async def _drop(self, uuid: str | None) -> int:
         chosen = self._of(uuid) if uuid is not None else list(self._channels)
         for channel in chosen:
@@ -238,9 +292,9 @@ class _Tool:
         return found[-1:]
 
 
-async def _serve(path: str) -> None:
+async def _serve(path: str, answer_after_s: float) -> None:
     loop = asyncio.get_running_loop()
-    tool = _Tool()
+    tool = _Tool(answer_after_s)
     requests = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(requests), sys.stdin)
     with listen_unix(path) as listener:
@@ -258,7 +312,7 @@ def main() -> None:
     from fleet import raise_fd_limit
 
     raise_fd_limit()
-    asyncio.run(_serve(sys.argv[1]))
+    asyncio.run(_serve(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 0.0))
 
 
 if __name__ == "__main__":

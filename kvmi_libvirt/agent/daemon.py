@@ -17,15 +17,16 @@ from kvmi_libvirt import __version__
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent import logs, zygote
 from kvmi_libvirt.agent.domains import LibvirtDomains, StatusFiles
-from kvmi_libvirt.agent.inotify import Directories
+from kvmi_libvirt.agent.inotify import MADE, Directories
 from kvmi_libvirt.agent.jobs import Places
 from kvmi_libvirt.agent.keeper import Keeper
 from kvmi_libvirt.agent.metrics import Metrics
 from kvmi_libvirt.agent.notify import Notifier
 from kvmi_libvirt.agent.pool import Pool
 from kvmi_libvirt.agent.scrape import Scrape
-from kvmi_libvirt.agent.server import VERSION, Server
+from kvmi_libvirt.agent.server import Server
 from kvmi_libvirt.agent.watch import Watcher
+from kvmi_libvirt.agentclient import VERSION
 from kvmi_libvirt.errors import KvmiLibvirtError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WANTED_FDS: Final = 65536
+_GATHER_S: Final = 0.2
 
 
 def run(settings: Settings) -> None:
@@ -47,18 +49,22 @@ def run(settings: Settings) -> None:
     Raises
         KvmiLibvirtError  it cannot serve: another agent does, or a place is taken
     """
+    # Until it can be served: every job reads the policy anew, so none is missed.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.start(settings.log_level)
     _raise_fd_limit()
+    notifier = Notifier()
     workers, pid = zygote.start(
         Places(
             state_dir=settings.state_dir,
             run_dir=settings.run_dir,
             host_policy=settings.host_policy,
             allow_standin=settings.standin,
-        )
+        ),
+        not_theirs=notifier.passed(),
     )
     with workers:
-        is_whole = asyncio.run(_Agent(settings, workers, pid).run())
+        is_whole = asyncio.run(_Agent(settings, notifier, workers, pid).run())
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)  # ends with its socket
     if not is_whole:
@@ -73,13 +79,15 @@ def _raise_fd_limit() -> None:
 
 
 class _Agent:
-    def __init__(self, settings: Settings, workers: socket.socket, zygote_pid: int) -> None:
+    def __init__(
+        self, settings: Settings, notifier: Notifier, workers: socket.socket, zygote_pid: int
+    ) -> None:
         self._settings = settings
         self._workers = workers
         self._zygote_pid = zygote_pid
         self._is_whole = True
         self._since = time.time()
-        self._notifier = Notifier()
+        self._notifier = notifier
 
     async def run(self) -> bool:
         loop = asyncio.get_running_loop()
@@ -97,6 +105,9 @@ class _Agent:
             watcher.watch_process(os.pidfd_open(self._zygote_pid), zygote_ended)
             directories = Directories(loop)
             stack.callback(directories.close)
+            # What tools may write into must not be able to keep us from our own.
+            sockets = Directories(loop, mask=MADE, pause_s=_GATHER_S)
+            stack.callback(sockets.close)
             pool = Pool(self._workers)
             stack.callback(pool.close)
             domains = self._domains(directories)
@@ -109,6 +120,7 @@ class _Agent:
                 pool=pool,
                 watcher=watcher,
                 directories=directories,
+                sockets=sockets,
                 notifier=self._notifier,
                 metrics=metrics,
             )

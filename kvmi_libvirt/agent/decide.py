@@ -71,13 +71,14 @@ def next_step(seen: Seen) -> Step:
         if is_new or wanted.reconnect_s is not None:
             return Step.HOOK
         return Step.UNHOOK
-    if record.state == st.UNHOOKED or record.error in _FINAL:
+    if record.state == st.UNHOOKED or record.error in FINAL:
         return Step.HOOK if is_new else Step.NOTHING
     return Step.HOOK
 
 
 TOOL_HAS_GONE: Final = "the tool has gone, and the policy does not say to call it again"
-_FINAL: Final = frozenset({TOOL_HAS_GONE})
+FINAL: Final = frozenset({TOOL_HAS_GONE})
+"""Errors after which a policy is not acted upon again."""
 
 
 @dataclass(frozen=True, slots=True)

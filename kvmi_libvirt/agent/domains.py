@@ -188,13 +188,16 @@ class StatusFiles:
             )
         asyncio.get_running_loop().call_soon(listener.all_changed)
 
-    def _changed(self, name: str | None) -> None:
+    def _changed(self, _directory: str, names: frozenset[str] | None) -> None:
         listener = self._listener
         if listener is None:
             return
-        if name is None:
+        if names is None:
             listener.all_changed()
-        elif name.endswith(".xml"):
+            return
+        for name in names:
+            if not name.endswith(".xml"):
+                continue
             domain = self._read(self._directory / name)
             if domain is not None:
                 listener.changed(domain.uuid)
@@ -213,6 +216,7 @@ class StatusFiles:
 
     async def running(self) -> list[RunningDomain]:
         """Return all domains that have a status file."""
+        self._uuids.clear()
         found = (self._read(path) for path in sorted(self._directory.glob("*.xml")))
         return [domain for domain in found if domain is not None]
 

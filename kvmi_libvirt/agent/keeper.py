@@ -17,9 +17,10 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt import introspect
+from kvmi_libvirt import early, introspect
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent.decide import Backoff, Step
+from kvmi_libvirt.agent.pool import LOST, Lane
 from kvmi_libvirt.agent.tracing import reach
 from kvmi_libvirt.agent.vm import Vm, pack
 from kvmi_libvirt.errors import KvmiLibvirtError, StateError
@@ -45,8 +46,13 @@ JOB_S: Final = 45.0
 
 TOOL_LEFT: Final = "the tool has closed its channel"
 
+_TURN_S: Final = 10.0
+_ASK_S: Final = 0.5
+_LIST_AGAIN_S: Final = 5.0
+_CALL_AGAIN_S: Final = 1.0
 _FLAP_S: Final = 10.0
 _FLAP_BACKOFF: Final = Backoff(first_s=1.0, last_s=60.0)
+EARLY_S: Final = early.APPEAR_S + early.READY_S + JOB_S
 _CHANNEL_PREFIX: Final = "channel-"
 
 
@@ -58,7 +64,8 @@ class Keeper:
         domains      where VMs are found
         pool         runs jobs
         watcher      of channels and processes
-        directories  of tools' sockets and of our own records
+        directories  of our own records and of libvirt's
+        sockets      directories in which tools make their sockets
         notifier     keeps channels over a restart
         metrics      counts
     """
@@ -71,6 +78,7 @@ class Keeper:
         pool: Pool,
         watcher: Watcher,
         directories: Directories,
+        sockets: Directories,
         notifier: Notifier,
         metrics: Metrics,
     ) -> None:
@@ -80,12 +88,14 @@ class Keeper:
         self._pool = pool
         self._watcher = watcher
         self._directories = directories
+        self._sockets = sockets
         self._notifier = notifier
         self._metrics = metrics
         self._state = st.StateDir(settings.state_dir)
         self._vms: dict[str, Vm] = {}
         self._kept: dict[str, int] = {}
         self._sweeper: asyncio.TimerHandle | None = None
+        self._lister: asyncio.TimerHandle | None = None
         self._listing: asyncio.Task[None] | None = None
         self._must_list = False
         self._is_closing = False
@@ -100,7 +110,7 @@ class Keeper:
                 self._kept[name.removeprefix(_CHANNEL_PREFIX)] = fd
             else:
                 os.close(fd)
-        self._directories.watch(str(self._settings.state_dir), self._record_changed)
+        self._directories.watch(str(self._settings.state_dir), self._records_changed)
         self._directories.watch(str(self._settings.run_dir), self._status_changed)
         self._domains.start(self)
         reach("started")
@@ -108,8 +118,9 @@ class Keeper:
     async def close(self) -> None:
         """Stop working; every VM stays as it is, hooked or not."""
         self._is_closing = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for timer in (self._sweeper, self._lister):
+            if timer is not None:
+                timer.cancel()
         tasks = [self._listing, *self._pending, *(vm.task for vm in self._vms.values())]
         for task in tasks:
             if task is not None:
@@ -174,6 +185,9 @@ class Keeper:
     def all_changed(self) -> None:
         """Look at everything."""
         self._must_list = True
+        if self._lister is not None:
+            self._lister.cancel()
+            self._lister = None
         if self._listing is None or self._listing.done():
             self._listing = asyncio.create_task(self._list())
 
@@ -183,7 +197,7 @@ class Keeper:
             try:
                 running = await self._domains.running()
             except KvmiLibvirtError as error:
-                logger.warning("%s", error)
+                self._list_again(error)
                 return
             for domain in running:
                 self._see(domain)
@@ -192,6 +206,14 @@ class Keeper:
                 if uuid not in seen and not self._runs(vm):
                     self._forget(vm)
             self._drop_dead_records(seen)
+
+    def _list_again(self, error: KvmiLibvirtError) -> None:
+        # A connection that has ended is made anew, and then all is listed. If it has
+        # not, nothing else would say what was missed.
+        logger.warning("%s", error)
+        if self._domains.is_there and self._lister is None and not self._is_closing:
+            loop = asyncio.get_running_loop()
+            self._lister = loop.call_later(_LIST_AGAIN_S, self.all_changed)
 
     def _drop_dead_records(self, running: set[str]) -> None:
         # Of VMs that ended while neither libvirt's hook nor we looked.
@@ -215,7 +237,7 @@ class Keeper:
         try:
             domain = await self._domains.get(uuid)
         except KvmiLibvirtError as error:
-            logger.warning("%s", error)
+            self._list_again(error)
             return
         if domain is not None:
             self._see(domain)
@@ -231,30 +253,29 @@ class Keeper:
             vm.packed, vm.name, vm.tries = packed, domain.name, 0
         self.look(vm)
 
-    def _record_changed(self, name: str | None) -> None:
-        # Somebody else's work, or the echo of our own: then there is nothing to do.
-        if name is None:
+    def _records_changed(self, _directory: str, names: frozenset[str] | None) -> None:
+        if names is None:
             self.all_changed()
             return
-        uuid, _, suffix = name.partition(".")
-        vm = self._vms.get(uuid)
-        if suffix != "json" or vm is None or vm.turn.locked():
+        for name in names:
+            uuid, _, suffix = name.partition(".")
+            vm = self._vms.get(uuid)
+            if suffix == "json" and vm is not None:
+                self._record_changed(vm)
+
+    def _record_changed(self, vm: Vm) -> None:
+        # Somebody else's work, or the echo of our own: then there is nothing to do.
+        if vm.turn.locked():
             return
         with contextlib.suppress(StateError):
-            if self._state.load(uuid) != vm.record:
+            if self._state.load(vm.uuid) != vm.record:
                 self.look(vm)
 
-    def _status_changed(self, name: str | None) -> None:
+    def _status_changed(self, _directory: str, names: frozenset[str] | None) -> None:
         # libvirt wrote down a change of the VM: a vCPU may have come.
-        if name is None:
-            self.all_changed()
-            return
-        if not name.endswith(".xml"):
-            return
         for vm in self._vms.values():
-            if vm.name == name.removesuffix(".xml"):
+            if names is None or f"{vm.name}.xml" in names:
                 self._check_vcpus(vm)
-                return
 
     def _check_vcpus(self, vm: Vm) -> None:
         record = vm.record
@@ -275,21 +296,35 @@ class Keeper:
             vm.task = asyncio.create_task(self._serve(vm))
 
     async def _serve(self, vm: Vm) -> None:
-        while vm.is_due and self._vms.get(vm.uuid) is vm:
-            async with vm.turn:
-                vm.is_due = False
-                vm.stop_retry()
-                reach("looked")
-                outcome = await self._pool.run(
-                    "reconcile", vm.argument(), vm.xml, timeout_s=JOB_S, urgent=False
-                )
-                reach("job-done")
-                self.take(vm, outcome)
-                if outcome.leaving_s is not None:
-                    await self._see_off(vm, outcome.leaving_s)
+        while vm.is_due and self._knows(vm):
+            outcome = await self._reconcile(vm)
+            while outcome.leaving_s is not None and vm.record is not None:
+                asked = str(vm.record.socket_inode)
+                await self._see_off(vm, outcome.leaving_s)
+                if not self._knows(vm):
+                    return
+                outcome = await self._reconcile(vm, asked=asked)
+
+    async def _reconcile(self, vm: Vm, *, asked: str = "") -> Outcome:
+        async with vm.turn:
+            vm.is_due = False
+            vm.stop_retry()
+            reach("looked")
+            is_hooked = vm.record is not None and vm.record.state == st.HOOKED
+            outcome = await self._look(vm, asked, Lane.CHANGE if is_hooked else Lane.CALL)
+            if outcome.must_call:
+                outcome = await self._look(vm, asked, Lane.CALL)
+            reach("job-done")
+            self.take(vm, outcome)
+        return outcome
+
+    async def _look(self, vm: Vm, asked: str, lane: Lane) -> Outcome:
+        argument = vm.argument(asked=asked, may_call="yes" if lane is Lane.CALL else "")
+        return await self._pool.run("reconcile", argument, vm.xml, timeout_s=JOB_S, lane=lane)
 
     async def _see_off(self, vm: Vm, seconds: int) -> None:
-        # The tool was asked to let go: its channel ends when it has.
+        # The tool was asked to let go: its channel ends when it has. Meanwhile others
+        # may have work to do with the VM, so it is nobody's turn.
         reach("leaving")
         logger.info(
             "domain %s: its tool was asked to let go, and has %d s",
@@ -297,24 +332,22 @@ class Keeper:
             seconds,
             extra=_fields(vm),
         )
-        if vm.channel is not None:
-            vm.closed = asyncio.Event()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(vm.closed.wait(), seconds)
-            vm.closed = None
-        else:
-            await self._until_closed(vm, seconds)
-        outcome = await self._pool.run("unhook", vm.argument(), b"", timeout_s=JOB_S, urgent=False)
-        self.take(vm, outcome)
+        vm.closed = asyncio.Event()
+        waiting = vm.closed.wait() if vm.channel is not None else self._until_closed(vm)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(waiting, seconds)
+        vm.closed = None
 
-    async def _until_closed(self, vm: Vm, seconds: int) -> None:
+    async def _until_closed(self, vm: Vm) -> None:
         # No copy of the channel: all that can be done is to ask.
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + seconds
-        while loop.time() < deadline and vm.record is not None:
-            if vm.record.socket_inode not in open_unix_streams():
-                return
-            await asyncio.sleep(0.2)
+        while vm.record is not None and self._knows(vm):
+            with contextlib.suppress(StateError):
+                if not introspect.channel_is_open(vm.record):
+                    return
+            await asyncio.sleep(_ASK_S)
+
+    def _knows(self, vm: Vm) -> bool:
+        return self._vms.get(vm.uuid) is vm
 
     def take(self, vm: Vm, outcome: Outcome) -> None:
         """Remember what a job did, watch what is to be watched, plan what comes next."""
@@ -332,68 +365,97 @@ class Keeper:
             self._plan_retry(vm, outcome.retry_s)
         elif outcome.error is None:
             vm.tries = 0
-        if outcome.step == Step.UNHOOK.value or (
-            outcome.step == Step.LEAVE.value and outcome.leaving_s is None and not outcome.error
-        ):
+        is_off = outcome.step == Step.UNHOOK.value or (
+            outcome.step == Step.LEAVE.value and outcome.leaving_s is None
+        )
+        if is_off and outcome.error is None:
             vm.is_due = True  # another tool may be wanted now
 
     def _tell(self, vm: Vm, before: st.VmState | None, error: str | None, outcome: Outcome) -> None:
         # One line an event: the tenth failure for the same reason is none.
         record = vm.record
-        is_same_state = before is not None and record is not None and before.state == record.state
-        if record is None or (is_same_state and outcome.error in (None, error)):
-            return
         if outcome.stall_us:
             return  # hooked, and told with what it cost
-        line = f"domain {vm.name}: {record.state}"
-        if record.state == st.HOOKED:
+        is_same = (before and before.state) == (record and record.state)
+        if is_same and outcome.error in (None, error):
+            return
+        state = "not known" if record is None else record.state
+        line = f"domain {vm.name}: {state}"
+        problem = outcome.error
+        if record is not None and record.state == st.HOOKED:
             line += f" by {record.source}, {len(record.commands)} commands"
             line += f" and {len(record.events)} events allowed"
-        elif outcome.error or record.error:
-            line += f": {outcome.error or record.error}"
+        elif record is not None:
+            problem = problem or record.error
+        elif problem is None:
+            return
         level = logging.INFO
-        if record.state in (st.FAILED, st.WAITING):
-            level = logging.ERROR if record.mode == "required" else logging.WARNING
-        logger.log(level, "%s", line, extra={**_fields(vm), "event": record.state})
+        if problem is not None or state in (st.FAILED, st.WAITING):
+            is_required = record is not None and record.mode == "required"
+            level = logging.ERROR if is_required else logging.WARNING
+        if problem is not None:
+            line += f": {problem}"
+        logger.log(level, "%s", line, extra={**_fields(vm), "event": state.replace(" ", "-")})
 
     def _watch(self, vm: Vm, outcome: Outcome) -> None:
         record = vm.record
+        kept = self._kept_channel(vm)
+        is_new = outcome.channel is not None
+        if not is_new:
+            outcome.channel = kept
+        elif kept is not None:
+            os.close(kept)
         if record is None:
             self._close_channel(outcome)
             return
-        if vm.pidfd is None:
-            try:
-                vm.pidfd = os.pidfd_open(record.pid)
-            except OSError:
-                self._close_channel(outcome)
-                self._forget(vm)
-                return
-            self._watcher.watch_process(vm.pidfd, lambda: self._ended(vm))
+        if not self._watch_process(vm, record):
+            self._close_channel(outcome)
+            self._forget(vm)
+            return
         if not record.socket_inode:
             self._unwatch_channel(vm)
             self._close_channel(outcome)
             return
-        fd = outcome.channel if outcome.channel is not None else self._kept_channel(vm)
-        if fd is not None:
-            outcome.channel = None
+        if outcome.channel is not None:
+            fd, outcome.channel = outcome.channel, None
             self._unwatch_channel(vm)
             self._notifier.keep(_CHANNEL_PREFIX + vm.uuid, fd)
             vm.channel = fd
-            if outcome.stall_us:
+            if is_new:
                 vm.came_s = asyncio.get_running_loop().time()
             self._watcher.watch_channel(fd, lambda: self._channel_ended(vm))
         elif vm.channel is None:
             self._sweep_later()
         reach("watched")
 
+    def _watch_process(self, vm: Vm, record: st.VmState) -> bool:
+        process = record.pid, record.start_ticks
+        if vm.pidfd is not None and vm.process == process:
+            return True
+        if vm.pidfd is not None:
+            self._watcher.forget(vm.pidfd)
+            vm.pidfd = None
+        try:
+            pidfd = os.pidfd_open(record.pid)
+        except OSError:
+            return False
+        if not introspect.process_runs(record):  # another has its number now
+            os.close(pidfd)
+            return False
+        vm.pidfd, vm.process = pidfd, process
+        self._watcher.watch_process(pidfd, lambda: self._ended(vm))
+        return True
+
     def _kept_channel(self, vm: Vm) -> int | None:
         # Kept by the service manager over our restart; it must still be the one.
         fd = self._kept.pop(vm.uuid, None)
-        if fd is None or vm.record is None:
+        if fd is None:
             return None
-        if vm.channel is None and os.fstat(fd).st_ino == vm.record.socket_inode:
+        inode = 0 if vm.record is None else vm.record.socket_inode
+        if vm.channel is None and os.fstat(fd).st_ino == inode:
             return fd
         os.close(fd)
+        self._notifier.drop(_CHANNEL_PREFIX + vm.uuid)
         return None
 
     @staticmethod
@@ -454,11 +516,13 @@ class Keeper:
 
     def _forget(self, vm: Vm) -> None:
         vm.stop_retry()
+        if vm.closed is not None:
+            vm.closed.set()
         self._unwatch_channel(vm)
         if vm.pidfd is not None:
             self._watcher.forget(vm.pidfd)
             vm.pidfd = None
-        if self._vms.get(vm.uuid) is vm:
+        if self._knows(vm):
             del self._vms[vm.uuid]
         if vm.record is not None and not introspect.process_runs(vm.record):
             self._remove_record(vm.uuid)
@@ -486,20 +550,31 @@ class Keeper:
         if vm.record is not None and (vm.record.source or "").startswith("unix:"):
             # A tool that comes back makes its socket anew: no need to wait for the timer.
             directory = str(Path((vm.record.source or "").removeprefix("unix:")).parent)
-            self._directories.watch(directory, lambda name: self._socket_made(directory, name))
+            self._sockets.watch(directory, self._sockets_made)
         reach("retry-planned")
 
     def _retry_now(self, vm: Vm) -> None:
         vm.stop_retry()
         self.look(vm)
 
-    def _socket_made(self, directory: str, name: str | None) -> None:
-        source = None if name is None else f"unix:{directory}/{name}"
+    def _sockets_made(self, directory: str, names: frozenset[str] | None) -> None:
+        if names is None:
+            return  # somebody makes very many: the timers are enough
+        sources = {f"unix:{directory.rstrip('/')}/{name}" for name in names}
+        loop = asyncio.get_running_loop()
         for vm in self._vms.values():
-            if vm.retry is None or vm.record is None:
+            record = vm.record
+            if vm.retry is None or record is None or record.source not in sources:
                 continue
-            if source is None or vm.record.source == source:
-                self._retry_now(vm)
+            # Whoever may make that socket may make it all the time, and a tool that
+            # comes and goes makes it each time.
+            at = max(loop.time(), vm.called_s + _CALL_AGAIN_S)
+            if vm.flaps > 1 or vm.retry.when() <= at:
+                continue
+            vm.called_s = at
+            vm.tries = 0  # it is bound, and may not listen yet
+            vm.stop_retry()
+            vm.retry = loop.call_at(at, self._retry_now, vm)
 
     # -- channels that cannot be watched ---------------------------------------------
 
@@ -535,35 +610,68 @@ class Keeper:
     async def operation(self, name: str, uuid: str, operation: str, xml: bytes) -> str | None:
         """Do what libvirt's hook asks; return the reason of a veto, or None.
 
+        libvirt holds the domain while it waits: only a start waits for what is being
+        done about the VM, and not for long.
+
         Raises
             KvmiLibvirtError  the hook must do it by itself
         """
-        vm = self._vms.get(uuid)
-        if vm is None:
-            vm = Vm(uuid, name, pack(xml))
-        async with vm.turn:
-            reach("handed-over")
-            outcome = await self._pool.run(
-                "operation",
-                vm.argument(operation=operation),
-                xml,
-                timeout_s=JOB_S,
-                urgent=True,
-            )
-            if outcome.kind in ("NoWorker", "WorkerDied", "WorkerTimeout"):
-                raise KvmiLibvirtError(outcome.error or "no result")
-            self._metrics.operation(operation, outcome)
-            if operation in ("started", "reconnect") and outcome.veto is None:
-                self._vms.setdefault(uuid, vm)
+        if operation == "started":
+            return await self._started(name, uuid, xml)
+        outcome = await self._hand_over(name, uuid, operation, xml)
+        if operation == "reconnect":
+            vm = self._vms.setdefault(uuid, Vm(uuid, name, b""))
+            vm.packed, vm.name = pack(xml), name
+            self._later(vm)
+        elif operation in ("stopped", "release"):
+            ended = self._vms.get(uuid)
+            if ended is not None:
+                ended.record = None
+                self._forget(ended)
+        if outcome.early:
+            self._spawn(self._watch_start(name, uuid, xml))
+        return outcome.veto
+
+    async def _started(self, name: str, uuid: str, xml: bytes) -> str | None:
+        vm = self._vms.get(uuid) or Vm(uuid, name, pack(xml))
+        turn = vm.turn
+        try:
+            await asyncio.wait_for(turn.acquire(), _TURN_S)
+        except asyncio.TimeoutError:
+            raise KvmiLibvirtError("the agent is at work on it") from None
+        try:
+            outcome = await self._hand_over(name, uuid, "started", xml)
+            if outcome.veto is None:
+                vm = self._vms.setdefault(uuid, vm)
                 vm.packed, vm.name = pack(xml), name
                 self.take(vm, outcome)
-                record = vm.record
-                if operation == "reconnect" or record is None or record.state != st.HOOKED:
+                if vm.record is None or vm.record.state != st.HOOKED:
                     self._later(vm)
-            elif operation in ("stopped", "release"):
-                vm.record = None
-                self._forget(vm)
+        finally:
+            turn.release()
         return outcome.veto
+
+    async def _hand_over(self, name: str, uuid: str, operation: str, xml: bytes) -> Outcome:
+        reach("handed-over")
+        argument = {"name": name, "uuid": uuid, "operation": operation}
+        outcome = await self._pool.run(
+            "operation", argument, xml, timeout_s=JOB_S, lane=Lane.URGENT
+        )
+        if outcome.kind in LOST:
+            raise KvmiLibvirtError(outcome.error or "no result")
+        self._metrics.operation(operation, outcome)
+        return outcome
+
+    async def _watch_start(self, name: str, uuid: str, xml: bytes) -> None:
+        argument = {"name": name, "uuid": uuid}
+        outcome = await self._pool.run("early", argument, xml, timeout_s=EARLY_S, lane=Lane.START)
+        if outcome.record is None or outcome.channel is None:
+            self._close_channel(outcome)
+            if outcome.error is not None:
+                fields = {"domain": name, "uuid": uuid}
+                logger.warning("domain %s: %s", name, outcome.error, extra=fields)
+            return
+        self.take(self._vms.setdefault(uuid, Vm(uuid, name, pack(xml))), outcome)
 
     def _later(self, vm: Vm) -> None:
         # After the hook's answer: libvirt holds the domain until then.

@@ -99,6 +99,12 @@ class JournalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one line."""
+        try:
+            self._send(record)
+        except Exception:  # a defect in a message must not become one in the work
+            self.handleError(record)
+
+    def _send(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         fields = {
             "MESSAGE": text,

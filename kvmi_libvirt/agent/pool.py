@@ -9,15 +9,16 @@ when it can.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
+import enum
 import logging
 import os
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from kvmi_libvirt.agent import frames
-from kvmi_libvirt.agent.jobs import Outcome
+from kvmi_libvirt.agent.jobs import SLOW_RETRY_S, Outcome
+from kvmi_libvirt.agent.tracing import reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +28,24 @@ logger = logging.getLogger(__name__)
 IDLE_S: Final = 5.0
 """After this long without work a worker is let go."""
 
-_MAX_WORKERS: Final = 128
-_MAX_BACKGROUND: Final = 16
+LOST: Final = frozenset({"NoWorker", "WorkerDied", "WorkerTimeout"})
+"""Kinds of failure after which nobody knows what a job did."""
+
+
+class Lane(enum.Enum):
+    """What a job waits behind."""
+
+    URGENT = enum.auto()
+    """libvirt waits for it: only behind others like it."""
+    START = enum.auto()
+    """Lasts as long as the start of a VM."""
+    CHANGE = enum.auto()
+    """For a VM with a tool: not behind those that call one."""
+    CALL = enum.auto()
+    """May call a tool, which answers when it likes."""
+
+
+_MAX_OF: Final = {Lane.URGENT: 96, Lane.START: 96, Lane.CHANGE: 16, Lane.CALL: 16}
 
 
 class Pool:
@@ -43,24 +60,20 @@ class Pool:
         self._zygote = zygote
         zygote.setblocking(False)
         self._idle: list[_Worker] = []
-        self._all = asyncio.Semaphore(_MAX_WORKERS)
-        self._background = asyncio.Semaphore(_MAX_BACKGROUND)
+        self._lanes = {lane: asyncio.Semaphore(count) for lane, count in _MAX_OF.items()}
         self._reaper: asyncio.TimerHandle | None = None
         self.running = 0
 
     async def run(
-        self, job: str, argument: dict[str, str], xml: bytes, *, timeout_s: float, urgent: bool
+        self, job: str, argument: dict[str, str], xml: bytes, *, timeout_s: float, lane: Lane
     ) -> Outcome:
         """Return what became of a job; its failure, too, is an outcome.
 
         Parameters
             timeout_s  for the answer; the job may go on when nobody waits any more
-            urgent     libvirt waits for it: not behind the agent's own work
+            lane       what it waits behind
         """
-        async with contextlib.AsyncExitStack() as stack:
-            if not urgent:
-                await stack.enter_async_context(self._background)
-            await stack.enter_async_context(self._all)
+        async with self._lanes[lane]:
             self.running += 1
             try:
                 return await self._run(job, argument, xml, timeout_s)
@@ -74,19 +87,19 @@ class Pool:
         try:
             worker = self._idle.pop() if self._idle else self._new_worker()
         except OSError as error:
-            return Outcome(error=f"no worker process: {error.strerror}", kind="NoWorker")
+            return _lost(f"no worker process: {error.strerror}", "NoWorker")
         try:
             answer = await asyncio.wait_for(worker.call(frame), timeout_s)
         except asyncio.TimeoutError:
             worker.close()
-            return Outcome(
-                error=f"no result within {timeout_s:g} s: QEMU's main thread does not come back "
+            return _lost(
+                f"no result within {timeout_s:g} s: QEMU's main thread does not come back "
                 "from the kernel; a worker process waits to restore it",
-                kind="WorkerTimeout",
+                "WorkerTimeout",
             )
         except (OSError, EOFError, ValueError):
             worker.close()
-            return Outcome(error="the worker process ended without a result", kind="WorkerDied")
+            return _lost("the worker process ended without a result", "WorkerDied")
         except asyncio.CancelledError:
             worker.close()
             raise
@@ -129,6 +142,7 @@ class _Worker:
     async def call(self, frame: bytes) -> Outcome:
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(self._sock, frame)
+        reach("job-sent")
         decoder = frames.Decoder()
         channel: int | None = None
         try:
@@ -148,6 +162,10 @@ class _Worker:
 
     def close(self) -> None:
         self._sock.close()
+
+
+def _lost(error: str, kind: str) -> Outcome:
+    return Outcome(error=error, kind=kind, retry_s=SLOW_RETRY_S)
 
 
 def _outcome(fields: dict[str, Any]) -> Outcome:

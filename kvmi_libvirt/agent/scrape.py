@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kvmi_libvirt.agent.listening import finish, listen_unix
 from kvmi_libvirt.agent.metrics import CONTENT_TYPE
 from kvmi_libvirt.errors import KvmiLibvirtError
 
@@ -40,16 +42,10 @@ class Scrape:
         """Listen. Raises KvmiLibvirtError when it cannot."""
         try:
             if self._address.startswith("unix:"):
-                path = self._address.removeprefix("unix:")
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)  # in a directory of root's, left by an agent before us
-                old = os.umask(0o117)
-                try:
-                    self._server = await asyncio.start_unix_server(
-                        self._connected, path, limit=_MAX_LEN
-                    )
-                finally:
-                    os.umask(old)
+                sock = listen_unix(Path(self._address.removeprefix("unix:")), mode=0o660)
+                self._server = await asyncio.start_unix_server(
+                    self._connected, sock=sock, limit=_MAX_LEN
+                )
             else:
                 host, _, port = self._address.rpartition(":")
                 self._server = await asyncio.start_server(
@@ -74,7 +70,7 @@ class Scrape:
             if self._busy <= _MAX_CONNECTIONS:
                 head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _REQUEST_S)
                 writer.write(self._answer(head))
-                await asyncio.wait_for(writer.drain(), _REQUEST_S)
+                await finish(writer, _REQUEST_S)
         except (
             OSError,
             asyncio.IncompleteReadError,
@@ -84,9 +80,7 @@ class Scrape:
             logger.debug("a scrape came to nothing: %s", error)
         finally:
             self._busy -= 1
-            with contextlib.suppress(OSError):
-                writer.close()
-                await writer.wait_closed()
+            writer.transport.abort()
 
     def _answer(self, head: bytes) -> bytes:
         words = head.split(b"\r\n", 1)[0].split()

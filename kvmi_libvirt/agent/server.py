@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import socket
-import stat
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from kvmi_libvirt.agent.domains import identity
+from kvmi_libvirt.agent.listening import finish, listen_unix
 from kvmi_libvirt.agent.tracing import reach
+from kvmi_libvirt.agentclient import VERSION
 from kvmi_libvirt.errors import KvmiLibvirtError
 
 if TYPE_CHECKING:
@@ -29,15 +31,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERSION: Final = 1
 OPERATIONS: Final = frozenset(
-    {"prepare", "started", "stopped", "release", "migrate", "restore", "reconnect"}
+    {"prepare", "start", "started", "stopped", "release", "migrate", "restore", "reconnect"}
 )
 _MAX_LINE_LEN: Final = 4096
 _MAX_NAME_LEN: Final = 4096
 _MAX_XML_LEN: Final = 64 << 20
 _MAX_CONNECTIONS: Final = 512
 _READ_S: Final = 10.0
+_WRITE_S: Final = 10.0
 _ucred: Final = struct.Struct("=iII")
 
 Operation = "Callable[[str, str, str, bytes], Awaitable[str | None]]"
@@ -68,16 +70,29 @@ class Server:
         self._answer = answer
         self._owner = owner
         self._server: asyncio.AbstractServer | None = None
+        self._lock = -1
         self._tasks: set[asyncio.Task[None]] = set()
         self.refused = 0
 
     async def start(self) -> None:
         """Listen. Raises KvmiLibvirtError when an agent listens already."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sock = _listen(self._path)
-        self._server = await asyncio.start_unix_server(
-            self._connected, sock=sock, limit=_MAX_LINE_LEN, start_serving=True
-        )
+        directory = self._path.parent
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = directory.stat()
+            if found.st_uid not in (self._owner, os.geteuid()) or found.st_mode & 0o022:
+                raise KvmiLibvirtError(f"{directory}: others than root may write there")
+            self._lock = _locked(self._path.with_suffix(".lock"))
+        except OSError as error:
+            raise KvmiLibvirtError(f"cannot use {directory}: {error.strerror or error}") from error
+        try:
+            sock = listen_unix(self._path, mode=0o600)
+            self._server = await asyncio.start_unix_server(
+                self._connected, sock=sock, limit=_MAX_LINE_LEN, start_serving=True
+            )
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     async def close(self) -> None:
         """Listen no longer, and wait for the answers under way."""
@@ -85,6 +100,7 @@ class Server:
             self._server.close()
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
+            os.close(self._lock)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_READ_S)
 
@@ -104,9 +120,7 @@ class Server:
             # The edge of the process: one request must not end the agent.
             logger.exception("a request failed unexpectedly")
         finally:
-            with contextlib.suppress(OSError):
-                writer.close()
-                await writer.wait_closed()
+            await finish(writer, _WRITE_S)
 
     def _is_welcome(self, writer: asyncio.StreamWriter) -> bool:
         sock = writer.get_extra_info("socket")
@@ -128,7 +142,6 @@ class Server:
         if not isinstance(request, dict):
             raise ValueError("not an object")  # noqa: TRY004 - of the request, not of an argument
         writer.write(json.dumps(await self._answer(request)).encode() + b"\n")
-        await writer.drain()
 
     async def _hook(
         self, words: list[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -144,7 +157,6 @@ class Server:
         body = await asyncio.wait_for(reader.readexactly(sum(sizes)), _READ_S)
         name, xml = os.fsdecode(body[: sizes[0]]), body[sizes[0] :]
         writer.write(b"accepted\n")
-        await writer.drain()
         try:
             uuid = identity(xml)[1]
             veto = await self._operate(name, uuid, operation, xml)
@@ -155,35 +167,15 @@ class Server:
         else:
             answer = "pass" if veto is None else f"refuse {' '.join(veto.split())}"
             writer.write(os.fsencode(answer) + b"\n")
-        await writer.drain()
         reach("answered")
 
 
-def _listen(path: Path) -> socket.socket:
-    # Whoever listens is asked by connecting; a file nobody listens on is replaced.
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+def _locked(path: Path) -> int:
+    # Held as long as we serve: of two agents that start at once only one does.
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise KvmiLibvirtError(f"{path} is there and is no socket; remove it")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-                try:
-                    other.connect(str(path))
-                except ConnectionRefusedError:
-                    os.unlink(path)
-                else:
-                    raise KvmiLibvirtError(f"an agent listens on {path} already")
-        old = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(old)
-        sock.listen(128)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise KvmiLibvirtError(f"cannot listen on {path}: {error.strerror}") from error
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise KvmiLibvirtError(f"an agent runs already; it holds {path}") from None
+    return fd

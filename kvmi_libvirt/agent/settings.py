@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kvmi_libvirt.agentclient import SOCKET_NAME
 from kvmi_libvirt.errors import PolicyValueError, UsageError
+from kvmi_libvirt.libvirtio import is_local
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.policy.trusted import read_trusted
 from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
@@ -54,7 +56,7 @@ class Settings:
     @property
     def socket_path(self) -> Path:
         """Return where the hook finds the agent."""
-        return self.state_dir / "agent.sock"
+        return self.state_dir / SOCKET_NAME
 
 
 def load_settings(path: Path | None = None) -> Settings:
@@ -100,8 +102,10 @@ def _settings(values: dict[str, str]) -> Settings:
     if level not in LOG_LEVELS:
         raise ValueError(f"log-level = {level}: write one of {', '.join(LOG_LEVELS)}")
     default = Settings()
+    if any("\0" in value or "\n" in value for value in values.values()):
+        raise ValueError("a value has a character that cannot be meant")
     return Settings(
-        domains=values.get("domains", default.domains),
+        domains=_domains(values.get("domains", default.domains)),
         metrics=_metrics(values.get("metrics", default.metrics)),
         log_level=logging.getLevelName(level.upper()),
         run_dir=_path(values, "run-dir", default.run_dir),
@@ -110,6 +114,15 @@ def _settings(values: dict[str, str]) -> Settings:
         sweep_s=_seconds(values.get("sweep-seconds", str(default.sweep_s))),
         standin=_yes(values.get("standin", "no")),
     )
+
+
+def _domains(text: str) -> str:
+    if not (text.startswith("/") or is_local(text)):
+        raise ValueError(
+            f"domains = {text}: write the URI of a libvirt on this host, such as "
+            f"{DEFAULT_URI}, or the absolute path of a directory"
+        )
+    return text
 
 
 def _path(values: dict[str, str], key: str, default: Path) -> Path:

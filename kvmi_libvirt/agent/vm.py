@@ -27,9 +27,11 @@ class Vm:
         packed   its domain XML, compressed: there may be a thousand VMs
         channel  our copy of its channel, as watched; None where it cannot be watched
         pidfd    of its process, as watched
+        process  id and start time of that process
         tries    how many attempts to hook it failed in a row
-    flaps    how many times in a row its tool left soon after it came
-    came_s   when its tool came, in the loop's time
+        flaps    how many times in a row its tool left soon after it came
+        came_s   when its tool came, in the loop's time
+        called_s when its tool was last called because it made its socket
         retry    the timer of the next attempt
     """
 
@@ -42,10 +44,12 @@ class Vm:
     record: VmState | None = None
     channel: int | None = None
     pidfd: int | None = None
+    process: tuple[int, int] | None = None
     wanted: bool = False
     tries: int = 0
     flaps: int = 0
     came_s: float = 0.0
+    called_s: float = 0.0
     retry: asyncio.TimerHandle | None = None
     closed: asyncio.Event | None = None
     error: str | None = None
@@ -60,9 +64,11 @@ class Vm:
         return {"name": self.name, "uuid": self.uuid, **more}
 
     def take(self, outcome: Outcome) -> None:
-        """Remember what a job found."""
+        """Remember what a job found; one that failed may not have got that far."""
         if outcome.record is not None:
             self.record = record_of(outcome.record)
+        elif outcome.error is None:
+            self.record = None
         self.wanted = outcome.wanted
         self.error = outcome.error
 

@@ -25,6 +25,8 @@ from kvmi_libvirt.agent.jobs import Jobs
 from kvmi_libvirt.agent.logs import job_context
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kvmi_libvirt.agent.jobs import Places
 
 logger = logging.getLogger(__name__)
@@ -32,9 +34,11 @@ logger = logging.getLogger(__name__)
 _LEFT_TO_OTHERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def start(places: Places) -> tuple[socket.socket, int]:
+def start(places: Places, *, not_theirs: Iterable[int] = ()) -> tuple[socket.socket, int]:
     """Fork the zygote; call it while this process has one thread and no event loop.
 
+    Parameters
+        not_theirs  descriptors that workers must not keep open
     Returns
         the socket on which to send it one end of a socket pair for each worker, and
         its process id
@@ -44,6 +48,9 @@ def start(places: Places) -> tuple[socket.socket, int]:
     gc.freeze()  # what is shared stays shared
     pid = os.fork()
     if pid == 0:
+        for fd in not_theirs:
+            with contextlib.suppress(OSError):
+                os.close(fd)
         _run_child(_serve_forks, theirs, ours, places)
     theirs.close()
     return ours, pid
@@ -94,7 +101,10 @@ def _serve_jobs(sock: socket.socket, places: Places) -> None:
     jobs = Jobs(places)
     decoder = frames.Decoder()
     while True:
-        chunk, _fd = frames.receive_some(sock)
+        try:
+            chunk, _fd = frames.receive_some(sock)
+        except ConnectionResetError:  # it ended before it read our last answer
+            return
         if not chunk:
             return
         frame = decoder.feed(chunk)
@@ -104,7 +114,7 @@ def _serve_jobs(sock: socket.socket, places: Places) -> None:
         with job_context(header["argument"]):
             outcome = jobs.run(header["job"], header["argument"], xml)
         answer = frames.encode(dataclasses.asdict(outcome))
-        with contextlib.suppress(BrokenPipeError):  # given up waiting
+        with contextlib.suppress(ConnectionError):  # given up waiting
             frames.send(sock, answer, outcome.channel)
         if outcome.channel is not None:
             os.close(outcome.channel)

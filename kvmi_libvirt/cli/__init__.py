@@ -34,6 +34,8 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "set": "put an introspection element into a domain's metadata",
         "unset": "take the introspection element out of a domain's metadata",
         "status": "show what is hooked, with which rights",
+        "doctor": "say what is wrong with this host, or why a VM is not hooked",
+        "start": "start a VM so that no instruction of it runs unwatched",
         "hook": "hook a running VM now",
         "unhook": "take introspection off a running VM",
         "apply": "move a hooked VM to the policy it has now",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvmi_libvirt import libvirtio
 from kvmi_libvirt.abi.revisions import REVISIONS, by_name, pinned
-from kvmi_libvirt.cli.kernel import NO_KVMI, running_abi
 from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.errors import ExitCode, StateError, UnsupportedByKernel
+from kvmi_libvirt.kernel import NO_KVMI, running_abi
 from kvmi_libvirt.plan import make_plan
 from kvmi_libvirt.policy.document import parse, read_file
 from kvmi_libvirt.policy.element import domain_of, parse_document
@@ -165,6 +165,7 @@ def _summary(subject: Subject, policy: Policy, kernel: str, problem: str | None)
         ("secret", policy.secret or "-"),
         ("handshake", f"{policy.handshake_timeout_s:g} s"),
         ("unhook", f"{policy.unhook_timeout_s:g} s"),
+        ("early", "yes" if policy.early else "no"),
         ("reconnect", "no" if policy.reconnect_s is None else f"every {policy.reconnect_s:g} s"),
         ("kernel", kernel),
         *([("problem", problem)] if problem else []),
@@ -218,6 +219,7 @@ def _as_json(
             "handshake_timeout": policy.handshake_timeout_s,
             "unhook_timeout": policy.unhook_timeout_s,
             "reconnect": policy.reconnect_s,
+            "early": policy.early,
         },
         "abi": None if abi is None else abi.name,
         "problem": _problem(policy, abi),

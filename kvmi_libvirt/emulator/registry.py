@@ -12,20 +12,22 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import linux
 from kvmi_libvirt.emulator.kernel import VmState
 from kvmi_libvirt.emulator.memory import GuestMemory
 from kvmi_libvirt.emulator.process import Process, thread_group
-from kvmi_libvirt.emulator.vmfile import Inode, VmFile, marks
+from kvmi_libvirt.emulator.vmfile import Inode, Place, VmFile, marks
 from kvmi_libvirt.newtypes import LocalFd, Pid, Tid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from kvmi_libvirt.emulator.channel import Channel
     from kvmi_libvirt.newtypes import RemoteFd
+
+_PLACES: Final = 4  # remembered of one VM; QEMU has its fd once
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -42,6 +44,7 @@ class Vm:
     channel: Channel | None = None
     vcpu_ids: set[int] = field(default_factory=set)
     memory: GuestMemory = field(default_factory=GuestMemory)
+    places: dict[tuple[Tid, RemoteFd], Place] = field(default_factory=dict)
 
     def is_owned_by(self, tid: Tid) -> bool:
         """Say whether thread *tid* runs in the address space the VM belongs to."""
@@ -90,14 +93,21 @@ class Registry:
     """All processes and VMs that are known. Use it with ``with`` or close it.
 
     One call costs the same however many there are.
+
+    Parameters
+        stand_in  accept the stand-in's memfds as VM and vCPU fds
+        appeared  called with each new process
     """
 
-    def __init__(self, *, stand_in: bool) -> None:
+    def __init__(self, *, stand_in: bool, appeared: Callable[[Process], None]) -> None:
         self._stand_in = stand_in
+        self._appeared = appeared
         self._inode = Inode()
         self._processes: dict[int, Process] = {}
         self._threads: dict[Tid, Process] = {}
         self._vms: dict[bytes, Vm] = {}
+        # By which thread and fd a VM was found last: the first place to look.
+        self._last: dict[tuple[Tid, RemoteFd], Vm] = {}
         # Who has a VM made, or is about to, that has not been matched to its file.
         self._creators: dict[Process, int] = {}
 
@@ -112,6 +122,7 @@ class Registry:
         for vm in self._vms.values():
             _drop(vm)
         self._vms.clear()
+        self._last.clear()
         self._creators.clear()
         self._threads.clear()
         for process in self._processes.values():
@@ -131,6 +142,7 @@ class Registry:
         process = self._processes.get(pid)
         if process is None:
             process = self._processes[pid] = Process(pid, stand_in=self._stand_in)
+            self._appeared(process)
         if int(tid) != pid:
             self._threads[tid] = process
         return process
@@ -156,6 +168,8 @@ class Registry:
         closed = [vm for vm in vms if not vm.file.is_open()]
         for vm in closed:
             self._vms.pop(vm.file.mark, None)
+            for place in vm.places:
+                del self._last[place]
             _drop(vm)
         return closed
 
@@ -173,9 +187,13 @@ class Registry:
         Raises
             OSError  the thread is gone, or the fd cannot be looked at.
         """
+        vm = self._last.get((tid, fd))
+        if vm is not None and vm.places[tid, fd].has(vm.file):
+            return vm
         for mark in marks(tid, fd):
             vm = self._vms.get(mark)
             if vm is not None:
+                self._found(vm, tid, fd)
                 return vm
         return None
 
@@ -189,7 +207,26 @@ class Registry:
         if vm is not None:
             return vm
         with _copy(process, tid, fd) as copy:
-            return self._add(copy, owner=self._creator_of(copy, process, tid))
+            vm = self._add(copy, owner=self._creator_of(copy, process, tid))
+        self._found(vm, tid, fd)
+        return vm
+
+    def _found(self, vm: Vm, tid: Tid, fd: RemoteFd) -> None:
+        # The next call is likely to come the same way. Main threads only: their number
+        # is the process's, and it is they whom others let call.
+        process = self._processes.get(tid)
+        if process is None:
+            return
+        before = self._last.pop((tid, fd), None)
+        if before is not None:
+            before.places.pop((tid, fd)).close()
+        if len(vm.places) >= _PLACES:
+            return
+        try:
+            vm.places[tid, fd] = Place(process.pid, fd)
+        except OSError:  # closed meanwhile
+            return
+        self._last[tid, fd] = vm
 
     def _settle(self, creator: Process) -> None:
         for fd in creator.vm_fds():
@@ -227,6 +264,9 @@ class Registry:
 def _drop(vm: Vm) -> None:
     vm.close_channel()
     vm.file.close()
+    for place in vm.places.values():
+        place.close()
+    vm.places.clear()
 
 
 @contextmanager

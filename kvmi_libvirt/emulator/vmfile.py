@@ -22,7 +22,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from kvmi_libvirt.newtypes import LocalFd, RemoteFd, Tid
+    from kvmi_libvirt.newtypes import LocalFd, Pid, RemoteFd, Tid
 
 _FLOCK: Final = struct.Struct("hhqqi0q")  # struct flock: type, whence, start, len, pid
 _OFFSET_BYTES: Final = 7  # offsets are signed 64-bit
@@ -74,6 +74,7 @@ class VmFile:
             if not found or not self.is_open():
                 raise OSError(errno.EIO, "a lock on the VM file is not visible from outside")
             self.mark = found[0]
+            self.in_fdinfo = b" %b " % self.mark
         except BaseException:
             self.close()
             raise
@@ -121,6 +122,40 @@ def marks(task: Tid | str, fd: RemoteFd | LocalFd) -> list[bytes]:
     # lock:  1: OFDLCK ADVISORY  WRITE -1 00:10:1038 OFFSET OFFSET
     fields = [line.split() for line in text.split(b"\n") if b" OFDLCK " in line]
     return [b"%b %b" % (field[-3], field[-2]) for field in fields]
+
+
+class Place:
+    """One fd of one process, asked again and again whether it is still the same VM.
+
+    Shows what the number stands for now, for as long as the process lives; a later
+    process of the same number is never meant. Use it with ``with`` or close it.
+
+    Raises
+        OSError  there is no such process or fd, or it may not be looked at
+    """
+
+    def __init__(self, pid: Pid, fd: RemoteFd) -> None:
+        self._info = os.open(f"/proc/{pid}/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the place. Idempotent."""
+        if self._info >= 0:
+            os.close(self._info)
+            self._info = -1
+
+    def has(self, file: VmFile) -> bool:
+        """Say whether the fd is *file* now."""
+        try:
+            text = os.pread(self._info, _FDINFO_LEN, 0)
+        except OSError:  # the process, or the fd, is gone
+            return False
+        return file.in_fdinfo in text
 
 
 def _identity(fd: int) -> tuple[int, int]:

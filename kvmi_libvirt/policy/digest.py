@@ -22,6 +22,7 @@ def digest(policy: Policy) -> str:
         "source": policy.source.describe(),
         "timeouts": [policy.handshake_timeout_s, policy.unhook_timeout_s, policy.reconnect_s],
         "secret": policy.secret,
+        "early": policy.early,
         "commands": _rights(policy.commands),
         "events": _rights(policy.events),
         "kernel_abi": policy.kernel_abi,

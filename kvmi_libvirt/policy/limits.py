@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvmi_libvirt.policy.model import Policy, Rights, Source, TcpSource
 
 SOCKET_DIRECTORY: Final = "/run/kvmi"
+_DEFAULT_PATH: Final = "/etc/kvmi-libvirt/host-policy.xml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +148,8 @@ class HostPolicy:
             return None
         told = f"path={quoted(source.path)} is not allowed on this host"
         if not self.unix:
-            return f"{told}, no unix socket is; {self._elsewhere()}"
+            place = f"<unix path={quoted(source.path)}/>"
+            return f"{told}, no unix socket is; {self._elsewhere(place)}"
         first = self.unix[0]
         if first.endswith("/**") and "*" not in first[:-2]:
             instead = f"{first[:-2]}{posixpath.basename(source.path)}"
@@ -161,7 +163,7 @@ class HostPolicy:
             if place.cid in (None, source.cid) and place.port in (None, source.port):
                 return None
         what = f'cid="{source.cid}" port="{source.port}"'
-        return f"{what} is not allowed on this host; {self._elsewhere()}"
+        return f"{what} is not allowed on this host; {self._elsewhere(f'<vsock {what}/>')}"
 
     def _tcp_refusal(self, source: TcpSource) -> str | None:
         host = _plain_host(source.host)
@@ -169,10 +171,10 @@ class HostPolicy:
             if _plain_host(place.host) == host and place.port in (None, source.port):
                 return None
         what = f'host={quoted(source.host)} port="{source.port}"'
-        return f"{what} is not allowed on this host; {self._elsewhere()}"
+        return f"{what} is not allowed on this host; {self._elsewhere(f'<tcp {what}/>')}"
 
-    def _elsewhere(self) -> str:
-        return f"see <sockets> in {self.path or '/etc/kvmi-libvirt/host-policy.xml'}"
+    def _elsewhere(self, place: str) -> str:
+        return f"it takes {place} in <sockets> of {self.path or _DEFAULT_PATH}"
 
 
 def _place(pattern: str) -> str:

@@ -456,6 +456,28 @@ def _signed(value: int) -> int:
     return ctypes.c_int64(value).value
 
 
+_held: dict[int, Tracee] = {}
+
+
+@contextlib.contextmanager
+def hold(process: Process, *, deadline: float) -> Iterator[Tracee]:
+    """Keep the main thread stopped for the whole block, and for every visit in it.
+
+    QEMU's main loop stands still meanwhile: only for moments in which nobody may be
+    served anyhow, as before a guest's first instruction. All visits must come from
+    this thread.
+
+    Parameters
+        deadline  CLOCK_MONOTONIC seconds, for getting hold of it; each visit has its own
+    """
+    with attach_parked(process, deadline=deadline) as tracee:
+        _held[process.pid] = tracee
+        try:
+            yield tracee
+        finally:
+            del _held[process.pid]
+
+
 @contextlib.contextmanager
 def attach_parked(process: Process, *, deadline: float) -> Iterator[Tracee]:
     """Hold the main thread for the block, retrying while it is busy.
@@ -467,7 +489,12 @@ def attach_parked(process: Process, *, deadline: float) -> Iterator[Tracee]:
         TargetBusy  not found parked until the deadline; nothing was touched
         TargetGone  the process ended, whatever was being done; nothing is left to undo
     """
+    held = _held.get(process.pid)
     try:
+        if held is not None:
+            held.extend_deadline(deadline)
+            yield held
+            return
         tracee = _entered(process, deadline)
         try:
             yield tracee

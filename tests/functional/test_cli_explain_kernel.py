@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS, by_name
-from kvmi_libvirt.cli.kernel import NO_KVMI
+from kvmi_libvirt.kernel import NO_KVMI
 from kvmi_libvirt.policy.model import NAMESPACE
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def test_each_right_is_said_to_be_in_this_kernel_or_not(name: str, file: str) ->
 
 def test_kernel_where_introspection_is_switched_off_is_said_to_be_one(file: str) -> None:
     out = explained([*emulated("--fault", "introspection-off"), "explain", file])
-    assert "kernel:    KVM introspection is switched off in this kernel\n" in out
+    assert "kernel:    KVM introspection is switched off in this kernel" in out
 
 
 def test_kernel_without_introspection_has_none_of_the_rights(file: str) -> None:

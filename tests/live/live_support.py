@@ -79,6 +79,7 @@ class Vm:
     uuid: str
     serial: Path
     socket: Path
+    rom: Path | None = None
 
     def virsh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run virsh, bounded in time."""
@@ -93,8 +94,15 @@ class Vm:
         emulator: Path | str | None = None,
         devices: str = "",
         max_vcpus: int = 2,
+        rom: Path | None = None,
+        options: tuple[str, ...] = (),
     ) -> None:
-        """Define the domain with *metadata*, two vCPUs, and more *devices*."""
+        """Define the domain with *metadata*, two vCPUs, more *devices* and QEMU *options*."""
+        arguments = "".join(f"<q:arg value='{option}'/>" for option in options)
+        commandline = (
+            "<q:commandline xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'>"
+            f"{arguments}</q:commandline>"
+        )
         xml = f"""
 <domain type='kvm'>
   <name>{self.name}</name>
@@ -104,7 +112,7 @@ class Vm:
   <vcpu current='2'>{max_vcpus}</vcpu>
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
-    <loader readonly='yes' type='rom'>{self.host.rom}</loader>
+    <loader readonly='yes' type='rom'>{rom or self.host.rom}</loader>
   </os>
   <on_poweroff>destroy</on_poweroff>
   <devices>
@@ -113,6 +121,7 @@ class Vm:
     <memballoon model='none'/>{devices}
     <controller type='usb' model='none'/>
   </devices>
+  {commandline if options else ""}
 </domain>"""
         self.define_xml(xml)
 

@@ -67,6 +67,7 @@ def _agent(directory: Path) -> RunningAgent:
         run_dir=LIBVIRT_QEMU_RUN_DIR,
         state_dir=STATE_DIR,
         host_policy=HOST_POLICY_PATH,
+        settings={"sweep-seconds": "1"},
     )
 
 

@@ -8,41 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import mmap
 import os
 import random
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
-import uuid
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import host
 import pytest
-from support import wait_until
+import rig
 
-from kvmi_libvirt import introspect, session, worker
-from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED
-from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt import introspect, session
 from kvmi_libvirt.errors import SessionError
-from kvmi_libvirt.newtypes import Pid
-from kvmi_libvirt.plan import make_plan
 from kvmi_libvirt.policy.element import Domain
-from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
+from kvmi_libvirt.policy.model import UnixSource
 from kvmi_libvirt.qemu import tracee as tracee_module
-from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.state import StateDir
 from kvmi_libvirt.tool.handshake import pack_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from rig import Rig
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp, pytest.mark.ptrace]
 
@@ -50,77 +42,12 @@ SOAK = bool(os.environ.get("KVMI_SOAK"))
 ROUNDS = 10_000 if SOAK else 300
 RANDOM_KILLS = 1_000 if SOAK else 60
 KILL_STRIDE = 1 if SOAK else 4
-KVMI_LIBVIRT = str(Path(sys.executable).parent / "kvmi-libvirt")
-
-
-@dataclass
-class Qemu:
-    """A QEMU on the emulated kernel, with its monitor."""
-
-    process: Process
-    domain: Domain
-    monitor: socket.socket
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    reader: Any = None
-
-    def qmp(self, command: str) -> Any:
-        """Return the answer to one QMP command."""
-        with self.lock:
-            self.monitor.sendall(json.dumps({"execute": command}).encode() + b"\n")
-            while True:
-                answer = json.loads(self.reader.readline())
-                if "return" in answer:
-                    return answer["return"]
-                assert "event" in answer, answer
-
-    def growth(self) -> tuple[int, int]:
-        """Return the numbers of descriptors and of mappings."""
-        maps = self.process.read("maps").count(b"\n")
-        return len(self.process.fd_links()), maps
 
 
 @pytest.fixture
-def qemu(tmp_path: Path) -> Iterator[Qemu]:
-    rom = tmp_path / "marker.rom"
-    rom.write_bytes(host.marker_rom())
-    path = tmp_path / "qmp.sock"
-    domain_uuid = str(uuid.uuid4())
-    command = [
-        *(KVMI_LIBVIRT, "emulate", "--", "/usr/bin/qemu-system-x86_64"),
-        *("-machine", "pc,accel=kvm", "-m", "32", "-smp", "2", "-bios", str(rom)),
-        *("-uuid", domain_uuid, "-nodefaults", "-display", "none", "-serial", "null"),
-        *("-qmp", f"unix:{path},server=on,wait=off"),
-        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-    ]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as popen:
-        try:
-            monitor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            with monitor, Process(Pid(popen.pid)) as process:
-                wait_until(lambda: _connected(monitor, path), what="QEMU has a monitor")
-                domain = Domain(
-                    name="victim",
-                    uuid=domain_uuid,
-                    vcpus=2,
-                    memory_bytes=32 << 20,
-                    machine="pc",
-                    policy=None,
-                    origin="a test",
-                )
-                found = Qemu(process=process, domain=domain, monitor=monitor)
-                with monitor.makefile("rb") as found.reader:
-                    found.reader.readline()
-                    found.qmp("qmp_capabilities")
-                    yield found
-        finally:
-            popen.kill()
-
-
-def _connected(monitor: socket.socket, path: Path) -> bool:
-    try:
-        monitor.connect(str(path))
-    except OSError:
-        return False
-    return True
+def qemu() -> Iterator[Rig]:
+    with rig.qemu(host.marker_rom(), vcpus=2) as found:
+        yield found
 
 
 @pytest.fixture
@@ -156,7 +83,7 @@ def tool(tmp_path: Path) -> Iterator[UnixSource]:
 
 
 @contextlib.contextmanager
-def monitor_load(qemu: Qemu) -> Iterator[list[float]]:
+def monitor_load(qemu: Rig) -> Iterator[list[float]]:
     """Keep QEMU's main loop busy with QMP; yield the latencies in seconds."""
     latencies: list[float] = []
     end = threading.Event()
@@ -176,29 +103,31 @@ def monitor_load(qemu: Qemu) -> Iterator[list[float]]:
         thread.join()
 
 
-def policy(tool: UnixSource) -> Policy:
-    commands = frozenset(command.name for command in V12.commands) - ALWAYS_ALLOWED
-    events = frozenset(event.name for event in V12.events)
-    return Policy(
-        mode=Mode.REQUIRED,
-        source=tool,
-        commands=Rights(allowed=commands),
-        events=Rights(allowed=events),
+def domain(qemu: Rig) -> Domain:
+    return Domain(
+        name="victim",
+        uuid=qemu.uuid,
+        vcpus=2,
+        memory_bytes=32 << 20,
+        machine="pc",
+        policy=None,
+        origin="a test",
     )
 
 
-def hook(qemu: Qemu, tool: UnixSource, state: StateDir) -> None:
-    introspect.hook_vm(qemu.process, qemu.domain, policy(tool), state=state)
+def hook(qemu: Rig, tool: UnixSource, state: StateDir) -> None:
+    policy = rig.full_policy(tool)
+    introspect.hook_vm(qemu.process, domain(qemu), policy, state=state)
 
 
-def unhook(qemu: Qemu, state: StateDir) -> None:
-    recorded = state.load(qemu.domain.uuid)
+def unhook(qemu: Rig, state: StateDir) -> None:
+    recorded = state.load(qemu.uuid)
     assert recorded is not None
     introspect.unhook_vm(qemu.process, recorded, state=state)
 
 
 def killed_while_hooking(
-    qemu: Qemu, tool: UnixSource, state: StateDir, trace: Callable[[str], None]
+    qemu: Rig, tool: UnixSource, state: StateDir, trace: Callable[[str], None]
 ) -> bool:
     """Hook with *trace* called at the worker's trace points; return whether that killed it."""
     plain_hook = session.hook
@@ -230,7 +159,7 @@ def dying_at(number: int) -> Callable[[str], None]:
     return trace
 
 
-def count_trace_points(qemu: Qemu, tool: UnixSource, state: StateDir) -> int:
+def count_trace_points(qemu: Rig, tool: UnixSource, state: StateDir) -> int:
     """Return how many trace points a hooking worker passes."""
     shared = mmap.mmap(-1, 8)
 
@@ -244,18 +173,18 @@ def count_trace_points(qemu: Qemu, tool: UnixSource, state: StateDir) -> int:
 
 
 def test_killed_at_its_trace_points_leaves_qemu_well_and_nothing_behind(
-    qemu: Qemu, tool: UnixSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    qemu: Rig, tool: UnixSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = StateDir(tmp_path / "state")
     points = count_trace_points(qemu, tool, state)
-    before = qemu.growth()
+    before = qemu.size()
     killed = 0
     with monitor_load(qemu):
         for at in range(1, points + 1, KILL_STRIDE):
             killed += killed_while_hooking(qemu, tool, state, dying_at(at))
             hook(qemu, tool, state)  # the next session cleans up and hooks
             unhook(qemu, state)
-    after = qemu.growth()
+    after = qemu.size()
 
     assert killed == len(range(1, points + 1, KILL_STRIDE))
     assert qemu.qmp("query-status")["status"] == "running"
@@ -265,12 +194,12 @@ def test_killed_at_its_trace_points_leaves_qemu_well_and_nothing_behind(
 
 
 def test_killed_at_random_instants_leaves_qemu_well_and_nothing_behind(
-    qemu: Qemu, tool: UnixSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    qemu: Rig, tool: UnixSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = StateDir(tmp_path / "state")
     hook(qemu, tool, state)
     unhook(qemu, state)
-    before = qemu.growth()
+    before = qemu.size()
     chance = random.Random(12)
     killed = 0
     with monitor_load(qemu):
@@ -289,7 +218,7 @@ def test_killed_at_random_instants_leaves_qemu_well_and_nothing_behind(
             killed += killed_while_hooking(qemu, tool, state, trace)
             hook(qemu, tool, state)
             unhook(qemu, state)
-    after = qemu.growth()
+    after = qemu.size()
 
     assert killed > RANDOM_KILLS // 10
     assert qemu.qmp("query-status")["status"] == "running"
@@ -299,37 +228,20 @@ def test_killed_at_random_instants_leaves_qemu_well_and_nothing_behind(
 
 
 def test_round_after_round_nothing_fails_and_nothing_grows(
-    qemu: Qemu, tool: UnixSource, capsys: pytest.CaptureFixture[str]
+    qemu: Rig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fds = qemu.process.vm_fds()
-    plan = make_plan(policy(tool), V12, None)
-    raw_uuid = uuid.UUID(qemu.domain.uuid).bytes
+    plan = rig.full_plan()
     failures = 0
 
-    def visit() -> None:
-        near, far = socket.socketpair()
-        with near, far:
-            deadline = time.monotonic() + 5
-            worker.run(
-                lambda: session.hook(qemu.process, fds.vm, plan, near, raw_uuid, deadline=deadline),
-                deadline=deadline,
-                keep_fds=(*qemu.process.owned_fds, near.fileno()),
-            )
-            worker.run(
-                lambda: session.unhook(qemu.process, fds.vm, V12, deadline=deadline),
-                deadline=deadline,
-                keep_fds=qemu.process.owned_fds,
-            )
-
-    visit()
-    before = qemu.growth()
+    qemu.visit(plan)
+    before = qemu.size()
     with monitor_load(qemu) as latencies:
         for _ in range(ROUNDS):
             try:
-                visit()
+                qemu.visit(plan)
             except SessionError:
                 failures += 1
-    after = qemu.growth()
+    after = qemu.size()
 
     assert failures == 0
     assert after == before

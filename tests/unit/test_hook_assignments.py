@@ -85,7 +85,8 @@ def test_domain_that_cannot_be_matched_is_taken_for_one_that_may_be_meant(
     on(monkeypatch, assign("required"))
     veto = hook.run("db1", "prepare", unreadable)
     assert veto is not None
-    assert "requires introspection: XML of domain 'db1':1: " in veto
+    assert "(XML of domain 'db1':1)" in veto
+    assert veto.endswith("domain 'db1' requires introspection (kvmi-libvirt)")
     assert hook.run("db1", "reconnect", unreadable) is None
     on(monkeypatch, assign("optional"))
     assert hook.run("db1", "prepare", unreadable) is None

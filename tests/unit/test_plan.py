@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvmi_libvirt.abi.kvmi import ALL_IDS, Ioctl, KvmiAbi
-from kvmi_libvirt.abi.revisions import BY_NAME, by_name
+from kvmi_libvirt.abi.revisions import BY_NAME, REVISIONS, by_name
 from kvmi_libvirt.errors import ExitCode, UnsupportedByKernel
 from kvmi_libvirt.plan import (
     NO_GRANTS,
@@ -291,6 +291,23 @@ def test_no_beginning_of_a_change_allows_more_than_before_or_after(
             assert is_now >= was & will  # what stays is never interrupted
             if is_now - was:
                 assert is_now <= will  # nothing is given while something is yet to go
+
+
+@pytest.mark.parametrize("abi", REVISIONS, ids=lambda abi: abi.name)
+@given(old=tolerant_policies, new=tolerant_policies)
+def test_on_the_way_from_policy_to_policy_no_more_is_ever_allowed_than_both(
+    abi: KvmiAbi, old: Policy, new: Policy
+) -> None:
+    before, after = target(old, abi), target(new, abi)
+    assert grants_after(make_plan(old, abi, None), None) == before
+    plan = make_plan(new, abi, before)
+    assert grants_after(plan, before) == after
+    for length in range(len(plan.steps) + 1):
+        now = grants_after(Plan(abi=abi, steps=plan.steps[:length]), before)
+        assert now.commands <= before.commands | after.commands
+        assert now.events <= before.events | after.events
+        assert now.commands - before.commands <= after.commands
+        assert now.events - before.events <= after.events
 
 
 @given(st.data(), tolerant_policies, abis)

@@ -12,7 +12,7 @@ import pytest
 
 from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS, by_name
 from kvmi_libvirt.cli import explain, main
-from kvmi_libvirt.cli.kernel import NO_KVMI
+from kvmi_libvirt.kernel import NO_KVMI
 from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE
 

@@ -16,6 +16,7 @@ from kvmi_libvirt.errors import PolicyError, PolicyRefused
 from kvmi_libvirt.policy import rules
 from kvmi_libvirt.policy.element import Domain, parse_domain
 from kvmi_libvirt.policy.facts import Identity
+from kvmi_libvirt.policy.findings import Severity
 from kvmi_libvirt.policy.globs import matches, path_matches
 from kvmi_libvirt.policy.host import (
     HOST_POLICY_PATH,
@@ -24,6 +25,7 @@ from kvmi_libvirt.policy.host import (
     parse_host_policy,
 )
 from kvmi_libvirt.policy.limits import Assignment, Ceiling, Match
+from kvmi_libvirt.policy.lint import lint
 from kvmi_libvirt.policy.model import (
     NAMESPACE,
     Mode,
@@ -154,6 +156,30 @@ def test_request_above_the_ceiling_is_cut_where_the_host_says_so() -> None:
     cut = permit(asking(READ, WRITE), host(CEILING.format(' excess="trim"')), source="x")
     assert cut.commands.allowed == {READ}
     assert cut.commands.why[WRITE].rule.startswith("cut by the ceiling")
+    assert cut.commands.cut == {WRITE}
+    assert not cut.events.cut
+
+
+def test_check_warns_of_what_the_ceiling_will_cut() -> None:
+    element = (
+        f'<introspection xmlns="{NAMESPACE}">{SOURCE}<commands>\n<allow name="{READ}"/>\n'
+        f'<allow name="{WRITE}"/></commands></introspection>'
+    )
+    trimming = host(CEILING.format(' excess="trim"'))
+    report = lint(element.encode(), source="x", host=trimming)
+    (finding,) = report.findings
+    assert (finding.severity, finding.line) == (Severity.WARNING, 3)
+    told = f"{WRITE} is above this host's ceiling (host-policy.xml:2); not granted here"
+    assert finding.message == told
+    assert report.policy is not None
+    # The same for what the host itself assigns: it holds, but not as it is written.
+    assign = (
+        f'<assign><match name="x"/>{SOURCE}<commands><allow name="{WRITE}"/></commands></assign>'
+    )
+    inner = CEILING.format(' excess="trim"') + assign
+    xml = f'<host-policy xmlns="{NAMESPACE}">{inner}</host-policy>'
+    (finding,) = lint(xml.encode(), source="host-policy.xml", host=HostPolicy()).findings
+    assert (finding.severity, finding.message) == (Severity.WARNING, told)
 
 
 def test_everything_is_above_every_ceiling_that_is_not_everything() -> None:
@@ -365,6 +391,12 @@ def test_file_in_a_directory_that_others_can_write_is_refused(tmp_path: Path) ->
     tmp_path.chmod(0o777)
     with pytest.raises(PolicyRefused, match="its directory is writable by others"):
         load_host_policy(path, owner=OWNER)
+    # Whoever can write there can have taken a file away, and its limits with it.
+    path.unlink()
+    with pytest.raises(PolicyRefused, match="its directory is writable by others"):
+        load_host_policy(path, owner=OWNER)
+    tmp_path.chmod(0o755)
+    assert load_host_policy(path, owner=OWNER) == HostPolicy()
 
 
 @pytest.mark.parametrize("kind", ["directory", "dangling link", "link", "pipe", "below a file"])
@@ -399,11 +431,12 @@ def test_wrong_file_is_never_passed_over(tmp_path: Path, text: str) -> None:
 
 @given(st.binary() | strategies.near_elements(strategies.ROOTS[1:]).map(str.encode))
 @settings(deadline=None, max_examples=200)
-def test_arbitrary_bytes_give_a_host_policy_or_a_policy_error(data: bytes) -> None:
-    told = "some file"
+def test_arbitrary_bytes_give_a_host_policy_or_an_error_with_a_line(data: bytes) -> None:
+    error: PolicyError | None = None
     try:
         assert isinstance(parse_host_policy(data, source="some file"), HostPolicy)
-    except PolicyError as error:
-        told = str(error)
-    assert told.startswith("some file")
-    assert told.isprintable()
+    except PolicyError as caught:
+        error = caught
+    if error is not None:
+        assert str(error).startswith(f"some file:{error.line or 0}: ")
+        assert str(error).isprintable()

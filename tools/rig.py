@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A QEMU on the emulated kernel, and what benchmarks do with it."""
+"""A QEMU on the emulated kernel, with its monitor: what tests and benchmarks visit.
+
+No libvirt here.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -23,24 +27,28 @@ from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
 from kvmi_libvirt.qemu.process import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 BIN: Final = Path(sys.executable).parent
 QEMU: Final = "/usr/bin/qemu-system-x86_64"
 _TIMEOUT_S: Final = 20.0
 
 
+def full_policy(source: UnixSource) -> Policy:
+    """Return the policy that allows each command and event of v12 by its name."""
+    return Policy(
+        mode=Mode.REQUIRED,
+        source=source,
+        commands=Rights(
+            allowed=frozenset(command.name for command in V12.commands) - ALWAYS_ALLOWED
+        ),
+        events=Rights(allowed=frozenset(event.name for event in V12.events)),
+    )
+
+
 def full_plan() -> Plan:
     """Return HOOK and a single grant of each command and event of v12."""
-    commands = frozenset(command.name for command in V12.commands) - ALWAYS_ALLOWED
-    events = frozenset(event.name for event in V12.events)
-    policy = Policy(
-        mode=Mode.REQUIRED,
-        source=UnixSource(path="/run/kvmi/bench.sock"),
-        commands=Rights(allowed=commands),
-        events=Rights(allowed=events),
-    )
-    return make_plan(policy, V12, None)
+    return make_plan(full_policy(UnixSource(path="/run/kvmi/nobody.sock")), V12, None)
 
 
 class Rig:
@@ -50,6 +58,7 @@ class Rig:
         """Take what ``qemu()`` made; borrowed."""
         self.process = process
         self.uuid = domain_uuid
+        self._lock = threading.Lock()
         self._monitor = monitor
         self._reader = monitor.makefile("rb")
         self._reader.readline()
@@ -62,13 +71,19 @@ class Rig:
         self._reader.close()
 
     def qmp(self, command: str, **arguments: object) -> Any:
-        """Return the answer to a QMP command."""
+        """Return the answer to a QMP command; several threads may ask."""
         message = {"execute": command, "arguments": arguments}
-        self._monitor.sendall(json.dumps(message).encode() + b"\n")
-        while True:
-            answer = json.loads(self._reader.readline())
-            if "return" in answer:
-                return answer["return"]
+        with self._lock:
+            self._monitor.sendall(json.dumps(message).encode() + b"\n")
+            while True:
+                answer = json.loads(self._reader.readline())
+                if "return" in answer:
+                    return answer["return"]
+                assert "event" in answer, answer
+
+    def size(self) -> tuple[int, int]:
+        """Return how many descriptors and how many mappings the process has."""
+        return len(self.process.fd_links()), self.process.read("maps").count(b"\n")
 
     def visit(self, plan: Plan) -> session.Report:
         """Hook with *plan* and a socket of nobody's; unhook; return the hooking's report."""
@@ -107,7 +122,7 @@ class Rig:
 @contextlib.contextmanager
 def qemu(rom: bytes, *, vcpus: int = 1) -> Iterator[Rig]:
     """Run a QEMU whose guest executes *rom*, on the emulated kernel, for the block."""
-    with tempfile.TemporaryDirectory(prefix="kvmi-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="kvmi-rig-") as name:
         directory = Path(name)
         (directory / "rom").write_bytes(rom)
         path = directory / "qmp.sock"
@@ -146,12 +161,3 @@ def connect(sock: socket.socket, path: Path) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait for *condition*; TimeoutError after a while."""
-    deadline = time.monotonic() + _TIMEOUT_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.01)
