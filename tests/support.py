@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,3 +20,30 @@ def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = 1
         if time.monotonic() > deadline:
             pytest.fail(f"not within {timeout_s} s: {what}")
         time.sleep(0.002)
+
+
+def supervisor_of(pid: int) -> int | None:
+    """Return the process id of the supervisor that serves *pid*, if there is one."""
+    wanted = f"kvmi-emulator for process {pid}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                found = (entry / "cmdline").read_bytes().rstrip(b"\0")
+            except OSError:
+                continue
+            if found == wanted:
+                return int(entry.name)
+    return None
+
+
+def wait_for_supervisor(pid: int) -> int:
+    """Return the process id of the supervisor of *pid*, once it shows itself."""
+    found: list[int | None] = []
+
+    def is_there() -> bool:
+        found.append(supervisor_of(pid))
+        return found[-1] is not None
+
+    wait_until(is_there, what=f"the supervisor of {pid}")
+    assert found[-1] is not None
+    return found[-1]

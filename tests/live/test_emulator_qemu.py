@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import host
 import pytest
-from support import wait_until
+from support import wait_for_supervisor, wait_until
 
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.revisions import by_name
@@ -162,15 +164,17 @@ class Emulated:
 
 
 @contextlib.contextmanager
-def emulated_qemu(abi: str, directory: Path, *options: str) -> Iterator[Emulated]:
+def emulated_qemu(
+    abi: str, directory: Path, *, qemu_options: tuple[str, ...] = ()
+) -> Iterator[Emulated]:
     """Run a QEMU with its guest paused at the start."""
     monitor = directory / "qmp"
     trace = directory / "trace.jsonl"
-    command = [str(BIN / "kvmi-libvirt"), "emulate", "--abi", abi, "--trace", str(trace), *options]
+    command = [str(BIN / "kvmi-libvirt"), "emulate", "--abi", abi, "--trace", str(trace)]
     command += ["--", "qemu-system-x86_64", "-S", "-name", "bare", "-uuid", UUID]
     command += ["-machine", "q35,accel=kvm", "-smp", "2", "-m", str(RAM_LEN >> 20)]
     command += ["-nodefaults", "-no-user-config", "-display", "none"]
-    command += ["-qmp", f"unix:{monitor},server=on,wait=off", "-sandbox", "on"]
+    command += ["-qmp", f"unix:{monitor},server=on,wait=off", "-sandbox", "on", *qemu_options]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         qmp = Qmp(monitor)
@@ -335,3 +339,24 @@ def test_denied_when_asked_by_the_independent_client_then_eperm(abi: str, tmp_pa
             assert client.ask("subscribe") == {"error": EPERM, "data": None}
         finally:
             client.process.communicate()
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
+def test_guest_when_the_supervisor_does_nothing_then_it_runs_on_and_qemu_answers(
+    how: signal.Signals, tmp_path: Path
+) -> None:
+    # Every exit of the guest's is a KVM_RUN; were one notified, the guest would stand still.
+    (tmp_path / "rom").write_bytes(host.marker_rom())
+    serial = tmp_path / "serial"
+    machine = ("-bios", str(tmp_path / "rom"), "-serial", f"file:{serial}")
+    with emulated_qemu("v12", tmp_path, qemu_options=machine) as vm:
+        supervisor = wait_for_supervisor(vm.process.pid)
+        os.kill(supervisor, how)
+        try:
+            vm.qmp.ask("cont")
+            wait_until(lambda: serial.stat().st_size > 5, what="the guest writes", timeout_s=30)
+
+            assert vm.qmp.ask("query-status")["running"] is True
+        finally:
+            if how is signal.SIGSTOP:
+                os.kill(supervisor, signal.SIGCONT)
