@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support import wait_until
+from support import wait_for_supervisor, wait_until
 
 from kvmi_libvirt.abi.kvmi import KVM_CHECK_EXTENSION, Ioctl, KvmiAbi
 
@@ -40,33 +40,6 @@ def feature(allow: int, feature_id: int) -> str:
 def hook_argument(fd: int, *, padding: int = 0, uuid: bytes = bytes(16)) -> str:
     """Return the argument of HOOK, in hex."""
     return struct.pack("=iI16s", fd, padding, uuid).hex()
-
-
-def supervisor_of(pid: int) -> int | None:
-    """Return the process id of the supervisor that serves *pid*, if there is one."""
-    wanted = f"kvmi-emulator for process {pid}".encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                found = (entry / "cmdline").read_bytes().rstrip(b"\0")
-            except OSError:
-                continue
-            if found == wanted:
-                return int(entry.name)
-    return None
-
-
-def wait_for_supervisor(pid: int) -> int:
-    """Return the process id of the supervisor of *pid*, once it shows itself."""
-    found: list[int | None] = []
-
-    def is_there() -> bool:
-        found.append(supervisor_of(pid))
-        return found[-1] is not None
-
-    wait_until(is_there, what=f"the supervisor of {pid}")
-    assert found[-1] is not None
-    return found[-1]
 
 
 def stop_process(pid: int) -> None:

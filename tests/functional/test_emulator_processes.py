@@ -20,11 +20,10 @@ from emulator_harness import (
     feature,
     hook_argument,
     received,
-    supervisor_of,
     trace_lines,
     wait_for_end,
 )
-from support import wait_until
+from support import supervisor_of, wait_until
 
 from kvmi_libvirt.abi.kvmi import KVM_CHECK_EXTENSION, KVM_RUN, Ioctl
 from kvmi_libvirt.abi.v12 import V12
