@@ -5,7 +5,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=KVMI_TEST_REQUIRE,C
 PYTEST_FLAGS ?=
 BENCH ?=
 
-.PHONY: help demo test unit soak bench lint setup test-setup clean
+.PHONY: help demo test unit soak bench lint deb test-deb setup test-setup clean
 
 help:
 	@echo "make demo     show it: a VM hooked with exactly its rights, and a refused start"
@@ -14,6 +14,8 @@ help:
 	@echo "make soak     the long runs: every trace point, 1,000 kills, 10,000 rounds"
 	@echo "make lint     ruff, mypy --strict, and the schema checks"
 	@echo "make bench    measure; the figures go to bench/results.json"
+	@echo "make deb      build the Debian package into dist/, checked with lintian"
+	@echo "make test-deb install that package in a clean Debian, use it, take it away"
 	@echo "make setup    only the set-up: packages, .venv, access to /dev/kvm (the demo's;"
 	@echo "              make test-setup adds what the tests need)"
 	@echo "make clean    remove .venv and caches"
@@ -46,5 +48,12 @@ lint: test-setup
 	.venv/bin/mypy
 	xmllint --noout --relaxng xml-schemas/introspection.rng xml-schemas/examples/valid/*.xml
 
+deb:
+	@tools/make-deb
+
+test-deb: deb
+	@tools/need-packages debootstrap iproute2
+	@$(SUDO) /usr/bin/python3 tools/try_deb.py
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -85,10 +85,15 @@ class PolicyError(KvmiLibvirtError, ValueError):
         self.line = line
 
     def __str__(self) -> str:
+        return f"{self.place}: {self.message}" if self.place else self.message
+
+    @property
+    def place(self) -> str:
+        """Return "SOURCE:LINE", or what of it is known."""
         place = [self.source] if self.source is not None else []
         if self.line is not None:
             place.append(str(self.line) if place else f"line {self.line}")
-        return f"{':'.join(place)}: {self.message}" if place else self.message
+        return ":".join(place)
 
     def at(self, source: str) -> PolicyError:
         """Return this error with *source* filled in, if it has none yet."""

@@ -21,14 +21,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 from xml.parsers import expat
 
-from kvmi_libvirt import hooklog
+from kvmi_libvirt import hooklog, linux, worker
+from kvmi_libvirt.beforehand import require_possible
+from kvmi_libvirt.early import TOO_LATE, require_not_run, watch_start
 from kvmi_libvirt.errors import (
     KvmiLibvirtError,
     PolicyError,
     PolicySchemaError,
     PolicySyntaxError,
+    SessionError,
 )
-from kvmi_libvirt.introspect import hook_vm, is_same_process, record_failure, verified
+from kvmi_libvirt.introspect import (
+    ALREADY_HOOKED,
+    hook_vm,
+    is_same_process,
+    record_failure,
+    verified,
+)
+from kvmi_libvirt.policy.digest import digest
 from kvmi_libvirt.policy.element import parse_domain
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE, NAMESPACE_STEM, Mode
@@ -38,8 +48,13 @@ from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR, open_domain
 from kvmi_libvirt.state import StateDir
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmi_libvirt.introspect import OnHooked
     from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.limits import HostPolicy
     from kvmi_libvirt.policy.model import Policy
+    from kvmi_libvirt.qemu.process import Process
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +69,7 @@ class Operation(enum.Enum):
     """The operations of libvirt's qemu hook that mean something to us."""
 
     PREPARE = "prepare"
+    START = "start"
     STARTED = "started"
     STOPPED = "stopped"
     RELEASE = "release"
@@ -66,16 +82,31 @@ class Hook:
     """One call of the hook.
 
     Parameters
-        state    the state directory
-        run_dir  where libvirt keeps pidfiles
+        state          the state directory
+        run_dir        where libvirt keeps pidfiles
+        host_policy    instead of the host's policy
+        watch_start    called for a start that is to be hooked early; must return at once
+        on_hooked      as :func:`introspect.hook_vm` has it
+        allow_standin  also serve stand-in VM processes without KVM
     """
 
     def __init__(
-        self, *, state: StateDir | None = None, run_dir: Path = LIBVIRT_QEMU_RUN_DIR
+        self,
+        *,
+        state: StateDir | None = None,
+        run_dir: Path = LIBVIRT_QEMU_RUN_DIR,
+        host_policy: Path | None = None,
+        watch_start: Callable[[Domain, Policy], None] | None = None,
+        on_hooked: OnHooked | None = None,
+        allow_standin: bool = False,
     ) -> None:
         """Nothing is touched yet."""
         self._state = state or StateDir()
         self._run_dir = run_dir
+        self._host_policy = host_policy
+        self._watch_start = watch_start
+        self._on_hooked = on_hooked
+        self._allow_standin = allow_standin
 
     def run(self, name: str, operation: str, xml: bytes) -> str | None:
         """Do what *operation* asks; return the reason of a veto, or None.
@@ -92,6 +123,8 @@ class Hook:
         try:
             if known in (Operation.PREPARE, Operation.MIGRATE, Operation.RESTORE):
                 self._check(name, xml)
+            elif known is Operation.START:
+                self._watch(name, xml)
             elif known is Operation.STARTED:
                 self._start(name, xml)
             elif known is Operation.RECONNECT:
@@ -105,14 +138,38 @@ class Hook:
     def _judge(self, name: str, operation: Operation, xml: bytes, error: Exception) -> str | None:
         line = " ".join(str(error).split())
         vetoes = operation not in (Operation.RECONNECT, Operation.STOPPED, Operation.RELEASE)
-        if vetoes and _demands(xml):
+        if vetoes and self._demands(xml):
             logger.error("domain %s: %s refused: %s", name, operation.value, line)
-            return f"kvmi-libvirt: domain '{name}' requires introspection: {line}"
+            return f"{_reason(error)}; domain '{name}' requires introspection (kvmi-libvirt)"
         logger.warning("domain %s: %s: %s", name, operation.value, line)
         return None
 
+    def _demands(self, xml: bytes) -> bool:
+        # Where the host assigns a policy, its mode counts and not the element's. A host
+        # policy that cannot be read demands nothing of a domain without an element.
+        try:
+            assignments = self._host().assignments
+        except (KvmiLibvirtError, OSError):
+            assignments = ()  # told already: it is what is being judged
+        if assignments:
+            try:
+                domain = parse_domain(xml, source="", with_policy=False)
+            except KvmiLibvirtError:
+                # Whom it is for cannot be told. A demand that may be for this one counts.
+                modes = {assigned.policy.mode for assigned in assignments}
+                return Mode.REQUIRED in modes or is_required(xml)
+            found = next((assigned for assigned in assignments if assigned.fits(domain)), None)
+            if found is not None:
+                return found.policy.mode is Mode.REQUIRED
+        return is_required(xml)
+
+    def _host(self) -> HostPolicy:
+        if self._host_policy is None:
+            return load_host_policy()
+        return load_host_policy(self._host_policy)
+
     def _policy(self, name: str, xml: bytes) -> tuple[Domain, Policy | None]:
-        domain, policy = decide(xml, load_host_policy(), source=f"XML of domain '{name}'")
+        domain, policy = decide(xml, self._host(), source=f"XML of domain '{name}'")
         if policy is None and scan(xml).modes:
             raise PolicySchemaError(
                 f"the introspection element is not of {NAMESPACE}, "
@@ -121,9 +178,40 @@ class Hook:
         return domain, policy
 
     def _check(self, name: str, xml: bytes) -> None:
-        policy = self._policy(name, xml)[1]
-        if policy is not None and policy.secret is not None:
-            read_secret(policy.secret)  # while the VM does not exist yet
+        # While the VM does not exist yet, or, at a migration, still runs elsewhere.
+        domain, policy = self._policy(name, xml)
+        if policy is None:
+            return
+        if policy.secret is not None:
+            read_secret(policy.secret)
+        require_possible(policy, domain.emulator)
+
+    def _watch(self, name: str, xml: bytes) -> None:
+        # QEMU does not exist yet. Whoever watches has to be at it when it does.
+        domain, policy = self._policy(name, xml)
+        if policy is None or not policy.early:
+            return
+        self._state.remove(domain.uuid)  # whatever is left of an earlier start
+        if self._watch_start is not None:
+            self._state.mark_start(domain.uuid)
+            self._watch_start(domain, policy)
+
+    def _end_watch(self, process: Process, domain: Domain, policy: Policy) -> None:
+        # The guest may run by now. If it does, and was not hooked before, it is too late.
+        self._state.end_start(domain.uuid)
+        if not policy.early:
+            return
+        recorded = self._state.load(domain.uuid)
+        if recorded is not None and is_same_process(recorded, process) and recorded.socket_inode:
+            return
+        try:
+            require_not_run(process)  # a paused start: nothing is lost
+        except SessionError as late:
+            reason = f": {recorded.error}" if recorded is not None and recorded.error else ""
+            late = SessionError(f"{late}{reason}", kind=TOO_LATE)
+            if policy.mode is Mode.REQUIRED:
+                raise late from None
+            logger.warning("domain %s: %s", domain.name, late)
 
     def _start(self, name: str, xml: bytes) -> None:
         try:
@@ -134,7 +222,25 @@ class Hook:
         if policy is None:
             return
         with open_domain(domain.name, domain.uuid, run_dir=self._run_dir) as process:
-            hook_vm(process, domain, policy, state=self._state)
+            self._end_watch(process, domain, policy)
+            try:
+                hook_vm(
+                    process,
+                    domain,
+                    policy,
+                    state=self._state,
+                    on_hooked=self._on_hooked,
+                    allow_standin=self._allow_standin,
+                )
+            except SessionError as error:
+                # Whoever hooked it before libvirt told us did what we would have done.
+                recorded = self._state.load(domain.uuid)
+                if (
+                    error.kind != ALREADY_HOOKED
+                    or recorded is None
+                    or recorded.policy != digest(policy)
+                ):
+                    raise
 
     def _record(self, name: str, xml: bytes, error: KvmiLibvirtError) -> None:
         # For status; the failure itself is the caller's to judge.
@@ -177,6 +283,15 @@ class Hook:
         # Not under the feet of a session at work; it soon finds that QEMU is gone.
         with self._state.locked(uuid, deadline=time.monotonic() + _LOCK_S):
             self._state.remove(uuid)
+
+
+def _reason(error: Exception) -> str:
+    # libvirt puts its own words before ours, and OpenStack shows the first 255 bytes of
+    # all: what is wrong must come before where it was written, and for which domain.
+    text = str(error)
+    if isinstance(error, PolicyError) and error.place:
+        text = f"{error.message} ({error.place})"
+    return " ".join(text.split())
 
 
 class Facts(NamedTuple):
@@ -228,21 +343,6 @@ def scan(xml: bytes) -> Facts:
     return Facts("".join(uuid).strip(), tuple(modes))
 
 
-def _demands(xml: bytes) -> bool:
-    # Where the host assigns a policy, its mode counts and not the element's. A host
-    # policy that cannot be read demands nothing of a domain without an element.
-    try:
-        host = load_host_policy()
-        if host.assignments:
-            domain = parse_domain(xml, source="", with_policy=False)
-            assigned = host.assignment(domain)
-            if assigned is not None:
-                return assigned.policy.mode is Mode.REQUIRED
-    except (KvmiLibvirtError, OSError):
-        pass  # told already: it is what is being judged
-    return is_required(xml)
-
-
 def is_required(xml: bytes) -> bool:
     """Say whether the domain demands introspection, even if its element is invalid.
 
@@ -268,6 +368,31 @@ def read_xml(fd: int = 0) -> bytes:
     return b"".join(chunks)
 
 
+def _watch_detached(domain: Domain, policy: Policy) -> None:
+    # A child of its own, since libvirt waits for us and for whatever holds our stderr.
+    pid = os.fork()
+    if pid:
+        os.waitpid(pid, 0)
+        return
+    code = 1
+    try:
+        if os.fork():
+            os._exit(0)
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        worker.become_worker()
+        linux.set_process_title("kvmi-early")
+        watch_start(domain, policy, state=StateDir())
+        code = 0
+    except KvmiLibvirtError as error:
+        logger.error("domain %s: %s", domain.name, error)  # noqa: TRY400 - foreseen, one line
+    except BaseException:
+        logger.exception("domain %s: watching its start failed unexpectedly", domain.name)
+    finally:
+        os._exit(code)
+
+
 def main(argv: list[str]) -> int:
     """Run one hook call; *argv* is the script's: name, operation, suboperation, extra."""
     # Whatever writes to stdout, now or in a later version: it must not reach libvirt.
@@ -279,7 +404,7 @@ def main(argv: list[str]) -> int:
         return 0
     name, operation = argv[0], argv[1]
     try:
-        veto = Hook().run(name, operation, read_xml())
+        veto = Hook(watch_start=_watch_detached).run(name, operation, read_xml())
     except Exception as error:
         # The process edge: libvirt must get an answer, the log the traceback. Not
         # VETO, so that the script decides by its own, simpler means.

@@ -8,8 +8,6 @@ to the operator or another product.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import stat
 import sys
 from pathlib import Path
@@ -24,7 +22,6 @@ HOOK_NAME: Final = "50-kvmi-libvirt"
 _MODE: Final = 0o755
 _PYTHON_LINE: Final = b'PYTHON = ""\n'
 _MARK: Final = b"kvmi_libvirt.hook"
-_DAEMON_PIDFILES: Final = (Path("/run/libvirtd.pid"), Path("/run/virtqemud.pid"))
 
 
 def hook_text(python: str) -> bytes:
@@ -44,20 +41,44 @@ def install_hook(*, hook_dir: Path = HOOK_DIR, python: str = sys.executable) -> 
     Raises
         KvmiLibvirtError  a file of that name is not ours; it is left alone
     """
+    if hook_is_current(hook_dir=hook_dir, python=python):
+        return False
     path = hook_dir / HOOK_NAME
     text = hook_text(python)
-    present = _read(path)
-    if present == text and stat.S_IMODE(path.stat().st_mode) == _MODE:
-        return False
-    _require_ours(path, present)
-    # libvirt runs any executable in qemu.d: the new file gets its x bits, and its
-    # name, only when it is complete.
+    # libvirt runs any executable in qemu.d: it must never see the new file half made.
     hook_dir.mkdir(parents=True, exist_ok=True)
-    temporary = hook_dir.parent / f".{HOOK_NAME}.new"
-    temporary.write_bytes(text)
-    temporary.chmod(_MODE)
-    temporary.rename(path)
+    write_atomically(path, text, mode=_MODE, scratch=hook_dir.parent)
     return True
+
+
+def write_atomically(path: Path, content: bytes, *, mode: int, scratch: Path | None = None) -> None:
+    """Make or replace *path* in one step, with *mode* whatever the umask is.
+
+    Parameters
+        scratch  directory of the same file system to write in; the file's own if None
+    Raises
+        OSError  and *path* is as it was
+    """
+    temporary = (scratch or path.parent) / f".{path.name}.new"
+    try:
+        temporary.write_bytes(content)
+        temporary.chmod(mode)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def hook_is_current(*, hook_dir: Path = HOOK_DIR, python: str = sys.executable) -> bool:
+    """Say whether :func:`install_hook` would find nothing to do.
+
+    Raises
+        KvmiLibvirtError  a file of that name is not ours
+    """
+    path = hook_dir / HOOK_NAME
+    present = _read(path)
+    _require_ours(path, present)
+    return present == hook_text(python) and stat.S_IMODE(path.stat().st_mode) == _MODE
 
 
 def uninstall_hook(*, hook_dir: Path = HOOK_DIR) -> bool:
@@ -71,28 +92,9 @@ def uninstall_hook(*, hook_dir: Path = HOOK_DIR) -> bool:
     return True
 
 
-def reload_daemons() -> list[str]:
-    """Make running libvirt daemons look for hooks again; return their pidfiles' names.
-
-    A daemon that saw no qemu hook when it started will not run one until then.
-    """
-    reloaded = []
-    for pidfile in _DAEMON_PIDFILES:
-        try:
-            pid = int(pidfile.read_text(encoding="ascii"))
-            pidfd = os.pidfd_open(pid)
-        except (OSError, ValueError, OverflowError):
-            continue
-        try:
-            name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
-            if name == pidfile.stem:
-                signal.pidfd_send_signal(pidfd, signal.SIGHUP)
-                reloaded.append(name)
-        except OSError:
-            continue
-        finally:
-            os.close(pidfd)
-    return reloaded
+def is_our_hook(text: bytes) -> bool:
+    """Say whether *text* is a hook script of ours, of whatever version."""
+    return _MARK in text
 
 
 def _read(path: Path) -> bytes | None:
@@ -103,5 +105,5 @@ def _read(path: Path) -> bytes | None:
 
 
 def _require_ours(path: Path, present: bytes | None) -> None:
-    if present is not None and _MARK not in present:
+    if present is not None and not is_our_hook(present):
         raise KvmiLibvirtError(f"{path} is not ours: move it away first")

@@ -7,6 +7,8 @@ Never used from the hook: libvirt waits for the hook with the domain locked.
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 import urllib.parse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 from kvmi_libvirt.errors import ExitCode, KvmiLibvirtError, TargetNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_URI: Final = "qemu:///system"
 
@@ -34,8 +38,7 @@ class RunningDomain:
     xml: bytes
 
 
-@contextlib.contextmanager
-def _connection(uri: str) -> Iterator[Any]:  # libvirt has no type information
+def _library() -> Any:  # libvirt has no type information
     try:
         import libvirt
     except ImportError as error:
@@ -45,6 +48,12 @@ def _connection(uri: str) -> Iterator[Any]:  # libvirt has no type information
         ) from error
     # libvirt prints every error to stderr by itself unless told otherwise.
     libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    return libvirt
+
+
+@contextlib.contextmanager
+def _connection(uri: str) -> Iterator[Any]:
+    libvirt = _library()
     try:
         connection = libvirt.open(uri)
     except libvirt.libvirtError as error:
@@ -52,7 +61,8 @@ def _connection(uri: str) -> Iterator[Any]:  # libvirt has no type information
     try:
         yield connection
     finally:
-        connection.close()
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +125,32 @@ def domain_xml(domain: str, *, uri: str = DEFAULT_URI, of_config: bool = False) 
             raise LibvirtError(f"domain '{domain}': {error}") from error
 
 
+def all_domains(*, uri: str = DEFAULT_URI) -> list[DomainXml]:
+    """Return every domain with the XML that is in force now; those that vanish are left out.
+
+    Raises
+        LibvirtError  libvirt is not there, or refused
+    """
+    with _connection(uri) as connection:
+        import libvirt
+
+        found = []
+        try:
+            for domain in connection.listAllDomains(0):
+                with contextlib.suppress(libvirt.libvirtError):
+                    found.append(
+                        DomainXml(
+                            name=domain.name(),
+                            uuid=domain.UUIDString(),
+                            xml=domain.XMLDesc(0).encode(),
+                            is_active=bool(domain.isActive()),
+                        )
+                    )
+        except libvirt.libvirtError as error:
+            raise LibvirtError(f"domains at {uri}: {error}") from error
+        return found
+
+
 def set_metadata(
     domain: str,
     element: str | None,
@@ -155,7 +191,188 @@ def set_metadata(
         return before
 
 
+def version(*, uri: str = DEFAULT_URI) -> str:
+    """Return libvirt's version there, as in "9.0.0"; a daemon that starts is waited for.
+
+    Raises
+        LibvirtError  libvirt is not there
+    """
+    with _connection(uri) as connection:
+        import libvirt
+
+        try:
+            number = int(connection.getLibVersion())
+        except libvirt.libvirtError as error:
+            raise LibvirtError(f"libvirt at {uri}: {error}") from error
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+class PausedDomain:
+    """A domain that was just started, none of whose vCPUs ran yet."""
+
+    def __init__(self, domain: Any) -> None:
+        """Take what libvirt says of it. Raises libvirt's error."""
+        self._domain = domain
+        self.name: str = domain.name()
+        self.uuid: str = domain.UUIDString()
+        self.xml: bytes = domain.XMLDesc(0).encode()
+        self.is_decided = False
+
+    def resume(self) -> None:
+        """Let its vCPUs run. Raises LibvirtError; it is paused still then."""
+        with _said_by_libvirt(f"domain '{self.name}' cannot be resumed"):
+            self._domain.resume()
+        self.is_decided = True
+
+    def destroy(self) -> None:
+        """End it. Raises LibvirtError."""
+        with _said_by_libvirt(f"domain '{self.name}' cannot be destroyed"):
+            self._domain.destroy()
+        self.is_decided = True
+
+
+@contextlib.contextmanager
+def _said_by_libvirt(what: str) -> Iterator[None]:
+    libvirt = _library()
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise LibvirtError(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
+def started_paused(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[PausedDomain]:
+    """Start *domain*, its name or uuid, with its vCPUs paused.
+
+    In the block it is to be resumed or destroyed; if neither happened at its end, as
+    when it was interrupted, it is destroyed: nobody would know why it does not run.
+
+    Raises
+        TargetNotFound  no such domain, or it runs already
+        LibvirtError    libvirt is not there, or the start failed; the message says why
+    """
+    with _connection(uri) as connection:
+        libvirt = _library()
+        found = _lookup(connection, domain, uri)
+        with _said_by_libvirt(f"domain '{domain}'"):
+            if found.isActive():
+                raise TargetNotFound(f"domain '{found.name()}' runs already")
+        with _said_by_libvirt(f"domain '{found.name()}' does not start"):
+            found.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+            paused = PausedDomain(found)
+        try:
+            yield paused
+        finally:
+            if not paused.is_decided:
+                with contextlib.suppress(libvirt.libvirtError):
+                    found.destroy()
+
+
 def is_local(uri: str) -> bool:
     """Say whether the domains at *uri* are QEMU processes of this host."""
     parts = urllib.parse.urlsplit(uri)
     return parts.scheme.partition("+")[0] == "qemu" and not parts.netloc
+
+
+class Events:
+    """A connection that tells when domains change, from a thread of its own.
+
+    libvirt's own event loop runs in that thread: libvirtaio would have libvirt touch
+    the asyncio loop from whichever thread makes a call, and no call may be made in the
+    loop's own, since every call can block.
+
+    Parameters
+        uri   of a local libvirt
+        call  called from that thread with "changed", "resumed" or "stopped" and a uuid,
+              or with "lost" and "": the connection has ended, make a new one
+    """
+
+    _is_loop_running = False
+
+    def __init__(self, uri: str, call: Callable[[str, str], None]) -> None:
+        """Connect and register. Blocks. Raises LibvirtError."""
+        libvirt = _library()
+        self._call = call
+        self._uri = uri
+        self._start_loop(libvirt)
+        try:
+            self._connection = libvirt.open(uri)
+            self._connection.registerCloseCallback(lambda *_: call("lost", ""), None)
+            register = self._connection.domainEventRegisterAny
+            register(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+            register(None, libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, self._metadata, None)
+        except libvirt.libvirtError as error:
+            raise LibvirtError(f"cannot connect to libvirt at {uri}: {error}") from error
+
+    @classmethod
+    def _start_loop(cls, libvirt: Any) -> None:
+        # One for the whole process, and for good: libvirt can have only one.
+        if cls._is_loop_running:
+            return
+        libvirt.virEventRegisterDefaultImpl()
+
+        def run() -> None:
+            while True:
+                try:
+                    libvirt.virEventRunDefaultImpl()
+                except libvirt.libvirtError as error:
+                    logger.warning("libvirt's event loop: %s", error)
+
+        threading.Thread(target=run, name="libvirt-events", daemon=True).start()
+        cls._is_loop_running = True
+
+    def _lifecycle(
+        self, _connection: Any, domain: Any, event: int, _detail: int, _data: object
+    ) -> None:
+        libvirt = _library()
+        kinds = {
+            libvirt.VIR_DOMAIN_EVENT_STARTED: "changed",
+            libvirt.VIR_DOMAIN_EVENT_RESUMED: "resumed",
+            libvirt.VIR_DOMAIN_EVENT_STOPPED: "stopped",
+            libvirt.VIR_DOMAIN_EVENT_CRASHED: "stopped",
+        }
+        if event in kinds:
+            self._call(kinds[event], domain.UUIDString())
+
+    def _metadata(
+        self, _connection: Any, domain: Any, _kind: int, _namespace: str | None, _data: object
+    ) -> None:
+        self._call("changed", domain.UUIDString())
+
+    def running(self) -> list[RunningDomain]:
+        """Return all running domains. Blocks. Raises LibvirtError."""
+        libvirt = _library()
+        found = []
+        try:
+            for domain in self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                with contextlib.suppress(libvirt.libvirtError):  # ended meanwhile
+                    found.append(_running(domain))
+        except libvirt.libvirtError as error:
+            raise LibvirtError(f"libvirt at {self._uri}: {error}") from error
+        return found
+
+    def get(self, uuid: str) -> RunningDomain | None:
+        """Return the running domain *uuid*, or None. Blocks. Raises LibvirtError."""
+        libvirt = _library()
+        try:
+            domain = self._connection.lookupByUUIDString(uuid)
+            return _running(domain) if domain.isActive() else None
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            raise LibvirtError(f"libvirt at {self._uri}: {error}") from error
+
+    def close(self) -> None:
+        """End the connection; nothing is called any more."""
+        libvirt = _library()
+        self._call = lambda _event, _uuid: None
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.unregisterCloseCallback()
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.close()
+
+
+def _running(domain: Any) -> RunningDomain:
+    return RunningDomain(
+        name=domain.name(), uuid=domain.UUIDString(), xml=domain.XMLDesc(0).encode()
+    )

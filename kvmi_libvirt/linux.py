@@ -45,18 +45,17 @@ _prctl = _libc["prctl"]
 _prctl.argtypes = (ctypes.c_int,) + (ctypes.c_ulong,) * 4
 _prctl.restype = ctypes.c_int
 
-_ioctl = _libc["ioctl"]
-_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
-_ioctl.restype = ctypes.c_int
+_inotify_init1 = _libc["inotify_init1"]
+_inotify_init1.argtypes = (ctypes.c_int,)
+_inotify_init1.restype = ctypes.c_int
 
+_inotify_add_watch = _libc["inotify_add_watch"]
+_inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+_inotify_add_watch.restype = ctypes.c_int
 
 _madvise = _libc["madvise"]
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _madvise.restype = ctypes.c_int
-
-
-class _iovec(ctypes.Structure):  # noqa: N801
-    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
 
 
 _process_vm_readv = _libc["process_vm_readv"]
@@ -64,13 +63,16 @@ _process_vm_writev = _libc["process_vm_writev"]
 for _call in (_process_vm_readv, _process_vm_writev):
     _call.argtypes = (
         ctypes.c_int,
-        ctypes.POINTER(_iovec),
+        ctypes.c_void_p,
         ctypes.c_ulong,
-        ctypes.POINTER(_iovec),
+        ctypes.c_void_p,
         ctypes.c_ulong,
         ctypes.c_ulong,
     )
     _call.restype = ctypes.c_ssize_t
+
+_two_iovecs = ctypes.c_size_t * 4  # local base and length, remote base and length
+_IOVEC_LEN: Final = 2 * ctypes.sizeof(ctypes.c_size_t)
 
 
 def raise_errno(call: str, *context: object) -> NoReturn:
@@ -179,9 +181,9 @@ def wait_stop(tid: Tid) -> int | None:
 def process_vm_readv(pid: Pid, address: RemoteAddr, length: int) -> bytes:
     """Return *length* bytes at *address* of process *pid*; OSError EFAULT if unmapped."""
     buffer = ctypes.create_string_buffer(length)
-    local = _iovec(ctypes.addressof(buffer), length)
-    remote = _iovec(address, length)
-    count = _process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    iovecs = _two_iovecs(ctypes.addressof(buffer), length, address, length)
+    local = ctypes.addressof(iovecs)
+    count = _process_vm_readv(pid, local, 1, local + _IOVEC_LEN, 1, 0)
     if count == -1:
         raise_errno("process_vm_readv", pid, hex(address), length)
     if count != length:
@@ -192,9 +194,9 @@ def process_vm_readv(pid: Pid, address: RemoteAddr, length: int) -> bytes:
 def process_vm_writev(pid: Pid, address: RemoteAddr, data: bytes) -> None:
     """Write *data* at *address* of process *pid*; OSError EFAULT if unmapped."""
     buffer = ctypes.create_string_buffer(data, len(data))
-    local = _iovec(ctypes.addressof(buffer), len(data))
-    remote = _iovec(address, len(data))
-    count = _process_vm_writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    iovecs = _two_iovecs(ctypes.addressof(buffer), len(data), address, len(data))
+    local = ctypes.addressof(iovecs)
+    count = _process_vm_writev(pid, local, 1, local + _IOVEC_LEN, 1, 0)
     if count == -1:
         raise_errno("process_vm_writev", pid, hex(address), len(data))
     if count != len(data):
@@ -289,38 +291,34 @@ def seccomp_notif_sizes() -> sc.seccomp_notif_sizes:
     return sizes
 
 
-def seccomp_notif_recv(listener: LocalFd, buffer: ctypes.Array[ctypes.c_char]) -> sc.seccomp_notif:
-    """Receive one notification into *buffer*, which is zeroed first.
+# -- inotify -----------------------------------------------------------------------------
 
-    *buffer* must have at least ``seccomp_notif_sizes().seccomp_notif`` bytes. The
-    returned structure is a copy. ENOENT when the call was interrupted meanwhile.
+IN_CREATE: Final = 0x100
+IN_DELETE: Final = 0x200
+IN_MOVED_TO: Final = 0x80
+IN_CLOSE_WRITE: Final = 0x8
+IN_Q_OVERFLOW: Final = 0x4000
+IN_IGNORED: Final = 0x8000
+IN_ONLYDIR: Final = 0x01000000
+
+
+def inotify_new() -> LocalFd:
+    """Return a new non-blocking inotify descriptor, owned by the caller. Source: inotify(7)."""
+    fd = _inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0:
+        raise_errno("inotify_init1")
+    return LocalFd(fd)
+
+
+def inotify_add_watch(fd: LocalFd, path: str, mask: int) -> int:
+    """Watch *path*; return the watch's number, the old one if it is watched already.
+
+    ENOENT when there is no such path, ENOSPC when the user has too many watches.
     """
-    ctypes.memset(buffer, 0, len(buffer))
-    if _ioctl(listener, sc.SECCOMP_IOCTL_NOTIF_RECV, ctypes.addressof(buffer)) == -1:
-        raise_errno("SECCOMP_IOCTL_NOTIF_RECV", listener)
-    return sc.seccomp_notif.from_buffer_copy(buffer)
-
-
-def seccomp_notif_id_valid(listener: LocalFd, notif_id: int) -> bool:
-    """Say whether the call behind *notif_id* still waits for an answer."""
-    value = ctypes.c_uint64(notif_id)
-    if _ioctl(listener, sc.SECCOMP_IOCTL_NOTIF_ID_VALID, ctypes.addressof(value)) == -1:
-        if ctypes.get_errno() == errno.ENOENT:
-            return False
-        raise_errno("SECCOMP_IOCTL_NOTIF_ID_VALID", notif_id)
-    return True
-
-
-def seccomp_notif_send(
-    listener: LocalFd, notif_id: int, *, val: int = 0, error: int = 0, flags: int = 0
-) -> None:
-    """Answer a notification: *val* as the result, or *error* as a positive errno.
-
-    ENOENT when the call is gone or was answered already.
-    """
-    response = sc.seccomp_notif_resp(notif_id, val, -error, flags)
-    if _ioctl(listener, sc.SECCOMP_IOCTL_NOTIF_SEND, ctypes.addressof(response)) == -1:
-        raise_errno("SECCOMP_IOCTL_NOTIF_SEND", notif_id)
+    number = int(_inotify_add_watch(fd, os.fsencode(path), mask))
+    if number < 0:
+        raise_errno("inotify_add_watch", path)
+    return number
 
 
 def set_process_title(title: str) -> None:

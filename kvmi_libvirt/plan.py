@@ -11,12 +11,10 @@ The kernel cannot be asked what it allows, so the caller keeps :class:`Grants`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from kvmi_libvirt.abi import revisions
 from kvmi_libvirt.abi.kvmi import ALL_IDS, Ioctl, KvmiAbi
-from kvmi_libvirt.abi.v11 import V11, V11_OR_V12
-from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.errors import UnsupportedByKernel
 
 if TYPE_CHECKING:
@@ -75,14 +73,18 @@ NO_GRANTS: Final = Grants()
 """What the kernel allows right after HOOK."""
 
 
-def make_plan(policy: Policy, abi: KvmiAbi, current: Grants | None) -> Plan:
+def make_plan(
+    policy: Policy, abi: KvmiAbi, current: Grants | None, *, unsure: Grants = NO_GRANTS
+) -> Plan:
     """Return the steps from *current* to what *policy* says.
 
     Parameters
         current  what is allowed now; None for a VM that is not hooked, whose plan
                  then begins with HOOK
+        unsure   of which it is not known whether it is allowed, whatever *current* says
     Returns
-        the fewest steps that keep the promises above; none when nothing changes.
+        the fewest steps that keep the promises above; none when nothing changes and
+        nothing is unsure.
     Raises
         UnsupportedByKernel  *abi* lacks something the policy demands.
     """
@@ -92,10 +94,10 @@ def make_plan(policy: Policy, abi: KvmiAbi, current: Grants | None) -> Plan:
     wanted_events = events.wanted(policy.events)
     steps = [] if current is not None else [Step(ioctl=Ioctl.HOOK, request=abi.request(Ioctl.HOOK))]
     held = NO_GRANTS if current is None else current
-    steps += commands.denials(held.commands, wanted_commands)
-    steps += events.denials(held.events, wanted_events)
-    steps += commands.allowances(held.commands, wanted_commands, policy.commands)
-    steps += events.allowances(held.events, wanted_events, policy.events)
+    steps += commands.denials(held.commands | unsure.commands, wanted_commands)
+    steps += events.denials(held.events | unsure.events, wanted_events)
+    steps += commands.allowances(held.commands - unsure.commands, wanted_commands, policy.commands)
+    steps += events.allowances(held.events - unsure.events, wanted_events, policy.events)
     return Plan(abi=abi, steps=tuple(steps))
 
 
@@ -131,6 +133,20 @@ def grants_after(plan: Plan, current: Grants | None) -> Grants:
                 ids = _Kind.events(abi).after(step, now.events)
                 now = Grants(commands=now.commands, events=ids)
     return NO_GRANTS if now is None else now
+
+
+def touched_by(plan: Plan, unsure: Grants = NO_GRANTS) -> Grants:
+    """Return every id that some step of *plan* changes, and *unsure*.
+
+    Of these nobody knows whether they are allowed when the plan was begun and not seen
+    to end.
+    """
+    ids = {Ioctl.COMMAND: unsure.commands, Ioctl.EVENT: unsure.events}
+    kinds = {Ioctl.COMMAND: _Kind.commands(plan.abi), Ioctl.EVENT: _Kind.events(plan.abi)}
+    for step in plan.steps:
+        if step.ioctl in kinds:
+            ids[step.ioctl] |= kinds[step.ioctl].changed_by(step)
+    return Grants(commands=ids[Ioctl.COMMAND], events=ids[Ioctl.EVENT])
 
 
 def left_out(policy: Policy, abi: KvmiAbi) -> tuple[frozenset[str], frozenset[str]]:
@@ -242,8 +258,11 @@ class _Kind:
         else:
             yield from (self._step(1, id_) for id_ in sorted(added))
 
+    def changed_by(self, step: Step) -> frozenset[int]:
+        return self.grantable if step.id == ALL_IDS else self.grantable & {step.id}
+
     def after(self, step: Step, held: frozenset[int]) -> frozenset[int]:
-        changed = self.grantable if step.id == ALL_IDS else self.grantable & {step.id}
+        changed = self.changed_by(step)
         return held | changed if step.allow else held - changed
 
     def _step(self, allow: int, id_: int) -> Step:
@@ -251,12 +270,8 @@ class _Kind:
         return Step(ioctl=self.ioctl, request=self.request, allow=allow, id=id_, name=name)
 
 
-_CANDIDATES: Final = MappingProxyType({V11_OR_V12.name: (V11, V12)})
-"""Which revisions a kernel may be of when the probe could not decide."""
-
-
 def _check_supported(policy: Policy, abi: KvmiAbi) -> None:
-    candidates = _CANDIDATES.get(abi.name, (abi,))
+    candidates = revisions.candidates(abi)
     kinds = (
         ("command", policy.commands, [_Kind.commands(a).ids for a in (abi, *candidates)]),
         ("event", policy.events, [_Kind.events(a).ids for a in (abi, *candidates)]),
@@ -273,9 +288,9 @@ def _check_supported(policy: Policy, abi: KvmiAbi) -> None:
         if absent:
             problems.append(f"{abi.title} has no {noun} {_listed(absent)}")
         if uncertain:
-            revisions = " and ".join(revision.name for revision in candidates)
+            names = " and ".join(revision.name for revision in candidates)
             problems.append(
-                f"the id of {noun} {_listed(uncertain)} is not the same in {revisions}, "
+                f"the id of {noun} {_listed(uncertain)} is not the same in {names}, "
                 "and this kernel does not tell which it is"
             )
     if problems:

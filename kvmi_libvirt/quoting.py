@@ -20,9 +20,9 @@ def printable(text: str) -> str:
     return "".join(escaped)
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, limit: int = _LIMIT) -> str:
     """Return *text* printable, and cut to a length that fits a message."""
-    return printable(text if len(text) <= _LIMIT else f"{text[: _LIMIT - 3]}...")
+    return printable(text if len(text) <= limit else f"{text[: limit - 3]}...")
 
 
 def quoted(text: str) -> str:

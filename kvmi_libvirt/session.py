@@ -27,10 +27,7 @@ from kvmi_libvirt.abi.kvmi import (
     kvm_introspection_feature,
     kvm_introspection_hook,
 )
-from kvmi_libvirt.abi.revisions import REVISIONS
-from kvmi_libvirt.abi.v7 import V7
-from kvmi_libvirt.abi.v11 import V11, V11_OR_V12
-from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt.abi.probing import Outcome, identify
 from kvmi_libvirt.errors import (
     EmulatorGone,
     KvmiLibvirtError,
@@ -40,7 +37,6 @@ from kvmi_libvirt.errors import (
     TargetGone,
     TargetUnsuitable,
     UnsupportedByKernel,
-    errno_name,
 )
 from kvmi_libvirt.qemu.remote import RECEIVED_FD_OFFSET, Remote, socket_link
 from kvmi_libvirt.qemu.tracee import attach_parked
@@ -91,27 +87,19 @@ def probe(process: Process, vm_fd: RemoteFd, *, deadline: float) -> Report:
     with attach_parked(process, deadline=deadline) as tracee:
         remote = Remote(process, tracee)
         feature = remote.write_struct(0, kvm_introspection_feature(0, PROBE_ID))
-        abi = _probe_revisions(remote, vm_fd, feature)
-    return Report(abi=abi.name, stall_us=round(tracee.stall_s * 1e6))
+        found = identify(
+            lambda request: _probe_one(remote, vm_fd, request, feature),
+            lambda capability: _extension(remote, vm_fd, capability),
+        )
+    if found.abi is None:
+        raise _ERRORS.get(found.outcome, UnsupportedByKernel)(found.why)
+    return Report(abi=found.abi.name, stall_us=round(tracee.stall_s * 1e6))
 
 
-def _probe_revisions(remote: Remote, vm_fd: RemoteFd, feature: RemoteAddr) -> KvmiAbi:
-    seen = set()
-    for abi in REVISIONS:
-        requests = (abi.request(Ioctl.COMMAND), abi.request(Ioctl.EVENT))
-        if requests in seen:
-            continue
-        seen.add(requests)
-        answers = {_probe_one(remote, vm_fd, request, feature) for request in requests}
-        if answers == {errno.ENOTTY}:
-            continue
-        if answers == {errno.EINVAL}:
-            return V7 if abi is V7 else _v11_or_v12(remote, vm_fd)
-        _explain_probe(answers)
-    raise UnsupportedByKernel(
-        "the running kernel has no KVM introspection (KVMI): "
-        "boot a kernel built with CONFIG_KVM_INTROSPECTION"
-    )
+_ERRORS: Final = {
+    Outcome.EMULATOR_GONE: EmulatorGone,
+    Outcome.FOREIGN: TargetUnsuitable,
+}
 
 
 def _probe_one(remote: Remote, vm_fd: RemoteFd, request: int, feature: RemoteAddr) -> int:
@@ -120,31 +108,6 @@ def _probe_one(remote: Remote, vm_fd: RemoteFd, request: int, feature: RemoteAdd
     except RemoteSyscallError as error:
         return error.errno or 0
     return 0
-
-
-def _explain_probe(answers: set[int]) -> None:
-    if answers == {errno.EPERM}:
-        raise UnsupportedByKernel(
-            "KVM introspection is switched off in this kernel: "
-            "boot with kvm.introspection=1 (or load kvm with introspection=1)"
-        )
-    if errno.ENOSYS in answers:
-        raise EmulatorGone("the KVMI emulator of this VM has ended: restart the VM")
-    if errno.EIO in answers:
-        raise TargetUnsuitable("the VM was created by another process (EIO)")
-    names = ", ".join(sorted(errno_name(answer) for answer in answers))
-    raise UnsupportedByKernel(f"the kernel answers the KVMI probe in an unknown way ({names})")
-
-
-def _v11_or_v12(remote: Remote, vm_fd: RemoteFd) -> KvmiAbi:
-    # Only the capability number differs. Mainline gave both numbers to other
-    # features, so only a lone "1" on one of them decides.
-    has = {abi.name: _extension(remote, vm_fd, abi.capability) == 1 for abi in (V11, V12)}
-    if has["v12"] and not has["v11"]:
-        return V12
-    if has["v11"] and not has["v12"]:
-        return V11
-    return V11_OR_V12
 
 
 def _extension(remote: Remote, vm_fd: RemoteFd, capability: int) -> int:
@@ -375,6 +338,34 @@ def unhook(process: Process, vm_fd: RemoteFd, abi: KvmiAbi, *, deadline: float) 
     return Report(
         abi=abi.name,
         applied=(Ioctl.UNHOOK.value,),
+        stall_us=round(tracee.stall_s * 1e6),
+    )
+
+
+def preunhook(process: Process, vm_fd: RemoteFd, abi: KvmiAbi, *, deadline: float) -> Report:
+    """Ask the tool to let go of the VM, by the UNHOOK event; change nothing else.
+
+    Returns
+        ``applied`` holds the ioctl if the event was sent, and is empty if the tool
+        did not subscribe to it or is gone. A tool that was asked closes its end when
+        it is ready, and somebody has to wait for that
+    Raises
+        RemoteCallTimeout  the tool does not read; the event was abandoned
+    """
+    with attach_parked(process, deadline=deadline) as tracee:
+        remote = Remote(process, tracee)
+        try:
+            remote.ioctl("KVM_INTROSPECTION_PREUNHOOK", vm_fd, abi.request(Ioctl.PREUNHOOK), 0)
+        except RemoteCallTimeout:
+            raise
+        except RemoteSyscallError as error:
+            # ENOENT: not subscribed, or no tool. EFAULT: the VM is not hooked at all.
+            if error.errno not in (errno.ENOENT, errno.EFAULT):
+                raise
+            return Report(abi=abi.name)
+    return Report(
+        abi=abi.name,
+        applied=(Ioctl.PREUNHOOK.value,),
         stall_us=round(tracee.stall_s * 1e6),
     )
 

@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,15 +28,23 @@ _NLM_F_DUMP: Final = 0x300
 _NLMSG_DONE: Final = 3
 _TIMEOUT_S: Final = 1.0
 
+_UDIAG_SHOW_NAME: Final = 0x1
+_UDIAG_SHOW_VFS: Final = 0x2
 _UDIAG_SHOW_PEER: Final = 0x4
+_UDIAG_SHOW_UID: Final = 0x40
+_UNIX_DIAG_NAME: Final = 0
+_UNIX_DIAG_VFS: Final = 1
 _UNIX_DIAG_PEER: Final = 2
 _UNIX_DIAG_SHUTDOWN: Final = 6
+_UNIX_DIAG_UID: Final = 7
 _TCP_ESTABLISHED: Final = 1
+_TCP_LISTEN: Final = 10
 
 _nlmsghdr: Final = struct.Struct("=IHHII")
 _unix_diag_req: Final = struct.Struct("=BBHIIIII")
 _unix_diag_msg: Final = struct.Struct("=BBBBIII")
 _nlattr: Final = struct.Struct("=HH")
+_unix_diag_vfs: Final = struct.Struct("=II")  # low 32 bits of the file's inode number, device
 _vsock_diag_req: Final = struct.Struct("=BBHIIIII")
 # u8 family, type, state, shutdown; u32 src_cid, src_port, dst_cid, dst_port, ino, cookie[2]
 _vsock_diag_msg: Final = struct.Struct("=BBBB7I")
@@ -72,6 +80,24 @@ def unix_stream_is_connected(inode: int) -> bool:
     return _is_connected(answer)
 
 
+def open_unix_streams() -> set[int]:
+    """Return the inodes of all unix stream sockets whose both directions are open.
+
+    One dump for however many are asked about. Looks in this process's network
+    namespace only. Raises OSError when nothing can be said.
+    """
+    states = 1 << _TCP_ESTABLISHED
+    request = _unix_diag_req.pack(
+        socket.AF_UNIX, 0, 0, states, 0, _UDIAG_SHOW_PEER, 0xFFFFFFFF, 0xFFFFFFFF
+    )
+    found = set()
+    for body in _dump(request):
+        _family, kind, state, _pad, inode, _cookie0, _cookie1 = _unix_diag_msg.unpack_from(body)
+        if kind == socket.SOCK_STREAM and _is_open(state, body, _unix_diag_msg.size):
+            found.add(inode)
+    return found
+
+
 def vsock_stream_is_connected(inode: int) -> bool:
     """Say whether the vsock stream with *inode* exists and both directions are open.
 
@@ -103,6 +129,89 @@ def tcp_stream_is_connected(inode: int) -> bool:
             if found == inode:
                 return state == _TCP_ESTABLISHED
     return False
+
+
+class UnixListener(NamedTuple):
+    """A listening unix socket with a name in the file system.
+
+    Parameters
+        path        as it was bound, perhaps relative, perhaps moved since
+        file_inode  of that file, its low 32 bits
+        inode       of the socket itself, as /proc/PID/fd shows it
+        uid         of its maker; None where the kernel does not tell
+    """
+
+    path: bytes
+    file_inode: int
+    inode: int
+    uid: int | None
+
+
+def unix_listeners() -> list[UnixListener]:
+    """Return the unix stream sockets of this network namespace that somebody listens on.
+
+    Raises
+        OSError  the kernel has no unix socket diagnosis: nothing can be said.
+    """
+    show = _UDIAG_SHOW_NAME | _UDIAG_SHOW_VFS | _UDIAG_SHOW_UID
+    request = _unix_diag_req.pack(
+        socket.AF_UNIX, 0, 0, 1 << _TCP_LISTEN, 0, show, 0xFFFFFFFF, 0xFFFFFFFF
+    )
+    found = []
+    for body in _dump(request):
+        _family, kind, state, _pad, inode, _cookie0, _cookie1 = _unix_diag_msg.unpack_from(body)
+        attributes = dict(_attributes(body, _unix_diag_msg.size))
+        if state != _TCP_LISTEN or kind != socket.SOCK_STREAM or _UNIX_DIAG_VFS not in attributes:
+            continue
+        file_inode, _device = _unix_diag_vfs.unpack_from(attributes[_UNIX_DIAG_VFS])
+        path = attributes.get(_UNIX_DIAG_NAME, b"").rstrip(b"\0")
+        uid = attributes.get(_UNIX_DIAG_UID)
+        found.append(
+            UnixListener(path, file_inode, inode, struct.unpack("=I", uid)[0] if uid else None)
+        )
+    return found
+
+
+def tcp_listener_exists(address: bytes, port: int) -> bool:
+    """Say whether a TCP socket listens on *port* of this host's *address*, 4 or 16 bytes.
+
+    Raises
+        OSError  the kernel has no TCP diagnosis (module tcp_diag): nothing can be said.
+    """
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = _inet_diag_req.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _TCP_LISTEN)
+        for body in _dump(request):
+            # struct inet_diag_sockid, in network byte order: sport, dport, src[4], ...
+            (found_port,) = struct.unpack_from("!H", body, 4)
+            size = 4 if family == socket.AF_INET else 16
+            bound_to = body[8 : 8 + size]
+            is_any = not any(bound_to)
+            if found_port == port and (bound_to == address or (is_any and size >= len(address))):
+                return True
+    return False
+
+
+def vsock_listener_exists(port: int) -> bool:
+    """Say whether a vsock stream socket of this host listens on *port*.
+
+    Raises
+        OSError  the kernel has no vsock diagnosis (module vsock_diag): nothing can be said.
+    """
+    request = _vsock_diag_req.pack(socket.AF_VSOCK, 0, 0, 1 << _TCP_LISTEN, 0, 0, 0, 0)
+    for body in _dump(request):
+        fields: tuple[int, ...] = _vsock_diag_msg.unpack_from(body)
+        if fields[2] == _TCP_LISTEN and fields[5] == port:
+            return True
+    return False
+
+
+def _attributes(body: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    while offset + _nlattr.size <= len(body):
+        length, kind = _nlattr.unpack_from(body, offset)
+        if length < _nlattr.size:
+            return
+        yield kind, body[offset + _nlattr.size : offset + length]
+        offset += (length + 3) & ~3
 
 
 def _dump(request: bytes) -> Iterator[bytes]:
@@ -139,18 +248,12 @@ def _is_connected(answer: bytes) -> bool:
             return False
         raise OSError(-code, f"sock_diag: {os.strerror(-code)}")
     offset = _nlmsghdr.size
-    _family, _type, state, _pad, _inode, _cookie0, _cookie1 = _unix_diag_msg.unpack_from(
-        answer, offset
-    )
-    offset += _unix_diag_msg.size
-    peer = shutdown = 0
-    while offset + _nlattr.size <= length:
-        attribute_len, attribute = _nlattr.unpack_from(answer, offset)
-        if attribute_len < _nlattr.size:
-            break
-        if attribute == _UNIX_DIAG_PEER:
-            (peer,) = struct.unpack_from("=I", answer, offset + _nlattr.size)
-        elif attribute == _UNIX_DIAG_SHUTDOWN:
-            shutdown = answer[offset + _nlattr.size]
-        offset += (attribute_len + 3) & ~3
-    return state == _TCP_ESTABLISHED and peer != 0 and shutdown == 0
+    state = _unix_diag_msg.unpack_from(answer, offset)[2]
+    return _is_open(state, answer[:length], offset + _unix_diag_msg.size)
+
+
+def _is_open(state: int, message: bytes, offset: int) -> bool:
+    attributes = dict(_attributes(message, offset))
+    peer = attributes.get(_UNIX_DIAG_PEER, b"")
+    shutdown = attributes.get(_UNIX_DIAG_SHUTDOWN, b"")
+    return state == _TCP_ESTABLISHED and any(peer) and not any(shutdown)

@@ -19,7 +19,7 @@ import time
 import uuid as uuid_module
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from kvmi_libvirt.errors import StateError
 
@@ -46,6 +46,12 @@ class VmState:
     always allowed. ``start_ticks`` (clock ticks after boot) makes ``pid`` unique.
     ``socket_inode`` is the channel's, 0 when there is none. ``all_ids`` holds
     "commands" and "events" where all ids were granted, those without a name too.
+    ``policy`` is the digest of the policy last acted upon, ``adjusted`` what was
+    allowed and denied by hand since, ``secret`` the name of the one the tool proved
+    to know, ``vcpus`` how many vCPUs there were at the hook (0: not known),
+    ``unhook_s`` how many seconds a tool gets that is asked to let go. Of the ids in
+    ``unsure_commands`` and ``unsure_events`` it is not known whether they are allowed:
+    a session that changed them did not live to tell.
     """
 
     domain: str
@@ -62,6 +68,13 @@ class VmState:
     error: str | None
     socket_inode: int
     all_ids: tuple[str, ...] = ()
+    policy: str = ""
+    adjusted: tuple[str, ...] = ()
+    secret: str | None = None
+    vcpus: int = 0
+    unhook_s: int = 60
+    unsure_commands: tuple[int, ...] = ()
+    unsure_events: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +91,14 @@ class Journal:
     sockets_before: tuple[int, ...]
     channel_inode: int
     request_unhook: int
+
+
+class Leftover(NamedTuple):
+    """A journal that is there: of a session at work, or of one that did not end."""
+
+    uuid: str
+    journal: Journal
+    since: str
 
 
 _Record = TypeVar("_Record", VmState, Journal)
@@ -161,9 +182,27 @@ class StateDir:
         """Forget the journal: nothing is left behind in QEMU."""
         self._file(uuid, "journal").unlink(missing_ok=True)
 
+    def mark_start(self, uuid: str) -> None:
+        """Note that a start is watched for hooking it early; :meth:`end_start` ends that."""
+        self._make()
+        path = self._file(uuid, "early")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            os.close(os.open(path, flags, 0o600))
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error.strerror}") from error
+
+    def is_start_marked(self, uuid: str) -> bool:
+        """Say whether the watched start is still under way."""
+        return self._file(uuid, "early").exists()
+
+    def end_start(self, uuid: str) -> None:
+        """Let whoever watches the start know that it is over; none is fine."""
+        self._file(uuid, "early").unlink(missing_ok=True)
+
     def remove(self, uuid: str) -> None:
         """Forget everything about a VM that has ended. Hold the lock, if anyone may want it."""
-        for suffix in ("json", "journal", "lock"):
+        for suffix in ("early", "json", "journal", "lock"):
             self._file(uuid, suffix).unlink(missing_ok=True)
 
     def all(self, damaged: Callable[[StateError], None] | None = None) -> list[VmState]:
@@ -186,6 +225,36 @@ class StateDir:
                 damaged(error)
         return sorted(states, key=lambda state: (state.domain, state.uuid))
 
+    def journals(self, damaged: Callable[[StateError], None]) -> list[Leftover]:
+        """Return what there is of journals; *damaged* is told of files that are none."""
+        found = []
+        for file in sorted(self.path.glob("*.journal")):
+            try:
+                journal = self.load_journal(file.stem)
+                written_at = file.stat().st_mtime
+            except StateError as error:
+                damaged(error)
+            except OSError:  # its session has just ended
+                pass
+            else:
+                if journal is not None:
+                    found.append(Leftover(file.stem, journal, _text_of(written_at)))
+        return found
+
+    def is_locked(self, uuid: str) -> bool:
+        """Say whether a session is at work on the VM now."""
+        try:
+            fd = os.open(self._file(uuid, "lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
     def _load(self, path: Path, kind: type[_Record]) -> _Record | None:
         try:
             # O_NONBLOCK: whatever lies there, opening it must not wait.
@@ -199,7 +268,7 @@ class StateDir:
         except OSError as error:
             raise StateError(f"cannot read {path}: {error.strerror}") from error
         try:
-            return _decode(json.loads(raw), kind)
+            return decode(json.loads(raw), kind)
         except (ValueError, TypeError, RecursionError) as error:
             raise StateError(f"{path} is damaged ({error}); remove it") from error
 
@@ -226,7 +295,12 @@ def _is_same_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _decode(value: object, kind: type[_Record]) -> _Record:
+def decode(value: object, kind: type[_Record]) -> _Record:
+    """Return the record of which *value* are the fields, as JSON has them.
+
+    Raises
+        ValueError, TypeError  it is none.
+    """
     if not isinstance(value, dict):
         raise TypeError("not an object")
     fields = {}
@@ -261,4 +335,8 @@ def _fits(item: object, annotation: str) -> bool:
 
 def now_text() -> str:
     """Return the time as RFC 3339 in UTC, for ``since``."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return _text_of(time.time())
+
+
+def _text_of(epoch_s: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch_s))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a session in a child process of its own.
+"""Run a session in a worker process: a child of its own, or this one if it is a worker.
 
 ptrace belongs to one OS thread, and no Python signal handler may run between
 stopping QEMU and restoring it: so every session runs in a forked child with
@@ -20,14 +20,16 @@ import os
 import select
 import signal
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvmi_libvirt.errors import ExitCode, KvmiLibvirtError, RestoreFailed, SessionError
-from kvmi_libvirt.qemu.tracee import start_deadline_timer
+from kvmi_libvirt.qemu.tracee import hold, start_deadline_timer, stop_deadline_timer
 from kvmi_libvirt.session import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
+
+    from kvmi_libvirt.qemu.process import Process
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +38,68 @@ _GRACE_S: Final = 3.0
 _MAX_RESULT_LEN: Final = 1 << 20
 
 
+_is_worker = False  # changed once, by become_worker
+
+
+def become_worker() -> None:
+    """Make this whole process a worker, in which :func:`run` calls sessions directly.
+
+    For a process that serves one session after the other and never does anything else:
+    single-threaded, nobody's controlling terminal, ended by nobody while it works. It
+    leaves the terminal's session and blocks the signals that would end it. Whoever waits for it
+    must be able to go on without its answer, since a session can outlive its deadline.
+    """
+    global _is_worker
+    signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+    with contextlib.suppress(PermissionError):  # a group leader: in a session of its own
+        os.setsid()
+    _is_worker = True
+
+
+_timers = 0  # how many blocks want the deadline timer
+
+
+@contextlib.contextmanager
+def _deadline_timer() -> Iterator[None]:
+    global _timers
+    _timers += 1
+    start_deadline_timer()
+    try:
+        yield
+    finally:
+        _timers -= 1
+        if not _timers:
+            stop_deadline_timer()
+
+
+@contextlib.contextmanager
+def holding(process: Process, *, deadline: float) -> Iterator[None]:
+    """Keep QEMU's main thread stopped over several calls of :func:`run`, and between them.
+
+    Only in a process that called :func:`become_worker`.
+
+    Raises
+        TargetBusy  not found parked until the deadline; nothing was touched
+        TargetGone  the process ended
+    """
+    assert _is_worker
+    with _deadline_timer(), hold(process, deadline=deadline):
+        yield
+
+
+def _run_here(session: Callable[[], Report]) -> Report:
+    with _deadline_timer():
+        answer = _encode(session)
+    return _report(answer)
+
+
 def run(
     session: Callable[[], Report], *, deadline: float, keep_fds: Collection[int] = ()
 ) -> Report:
     """Run *session* in a child and return its report.
 
-    Call from a single-threaded process: the child is forked, not executed.
+    Call from a single-threaded process: the child is forked, not executed. In a process
+    that called :func:`become_worker` there is no child.
 
     Parameters
         session   a call of one function of ``session``, deadline included
@@ -52,6 +110,8 @@ def run(
     Raises
         SessionError  with what the session raised in .kind, .applied, .left
     """
+    if _is_worker:
+        return _run_here(session)
     reader, writer = os.pipe2(os.O_CLOEXEC)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
@@ -120,7 +180,7 @@ def _close_other_fds(keep_fds: set[int]) -> None:
         previous = fd
 
 
-def _encode(session: Callable[[], Report]) -> dict[str, object]:
+def _encode(session: Callable[[], Report]) -> dict[str, Any]:
     try:
         return {"report": dataclasses.asdict(session())}
     except SessionError as error:
@@ -165,6 +225,10 @@ def _decode(raw: bytes) -> Report:
         ) from error
     for level, line in answer["log"]:
         logger.log(level, "%s", line)
+    return _report(answer)
+
+
+def _report(answer: dict[str, Any]) -> Report:
     if "report" in answer:
         fields = answer["report"]
         return Report(**{**fields, "applied": tuple(fields["applied"])})

@@ -16,13 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytest_plugins = ["live_support"]
+pytest_plugins = ["live_support", "two_hosts"]
 
 REQUIRE_VARIABLE = "KVMI_TEST_REQUIRE"
+
+# A machine under load is no defect; in CI every run has the same examples.
+settings.register_profile(
+    "kvmi",
+    deadline=None,
+    derandomize=os.environ.get("CI") == "true",
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("kvmi")
 
 
 def _missing_ptrace() -> str | None:

@@ -68,6 +68,7 @@ def policies(draw: st.DrawFn) -> Policy:
         handshake_timeout_s=float(draw(st.integers(1, 30))),
         unhook_timeout_s=float(draw(st.integers(1, 600))),
         reconnect_s=draw(st.none() | st.integers(1, 3600).map(float)),
+        early=draw(st.booleans()),
         secret=draw(st.none() | st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")),
         commands=draw(rights(rules.COMMANDS)),
         events=draw(rights(rules.EVENTS)),
@@ -83,7 +84,8 @@ def to_xml(policy: Policy) -> bytes:
     """Return an element that means *policy*, written out at length."""
     secret = "" if policy.secret is None else f'<secret name="{policy.secret}"/>'
     return (
-        f'<introspection xmlns="{NAMESPACE}" mode="{policy.mode.value}">'
+        f'<introspection xmlns="{NAMESPACE}" mode="{policy.mode.value}"'
+        f' early="{"yes" if policy.early else "no"}">'
         f"{_source(policy)}{secret}"
         f'<handshake timeout="{policy.handshake_timeout_s:.0f}"/>'
         f'<unhook timeout="{policy.unhook_timeout_s:.0f}"/>'
@@ -118,6 +120,7 @@ def _rules(element: str, some: Rights) -> str:
 
 _VALUES = {
     "mode": ("required", "optional", " required", "Required", ""),
+    "early": ("yes", "no", "true", ""),
     "profile": ("observe", "a" * 64, "a" * 65, "../x", ".x", "", "a b"),
     "type": ("unix", "vsock", "tcp", "udp", "unix ", ""),
     "path": ("/run/kvmi/x", "/", "x", "", "/a\nb", "/a\rb", "/\u2028", " /x", "/run//x"),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from typing import TYPE_CHECKING
 
@@ -19,3 +21,14 @@ def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = 1
         if time.monotonic() > deadline:
             pytest.fail(f"not within {timeout_s} s: {what}")
         time.sleep(0.002)
+
+
+def require_tool(name: str, package: str) -> str:
+    """Return the path of the distribution's *name*; skip the test without it, in CI fail it."""
+    found = shutil.which(name, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    if found is None:
+        reason = f"no {name} (apt-get install {package})"
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{reason}, and CI=true", pytrace=False)
+        pytest.skip(f"{reason}; CI=true makes this a failure")
+    return found

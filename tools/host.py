@@ -21,11 +21,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt import installer
+from kvmi_libvirt import daemons, installer
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.state import STATE_DIR, StateDir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 LIBVIRT_SOCKET: Final = Path("/run/libvirt/libvirt-sock")
 VIRTLOGD_SOCKET: Final = Path("/run/libvirt/virtlogd-sock")
@@ -63,10 +64,13 @@ def answers(path: Path) -> bool:
     return True
 
 
-def start_daemon(program: str, sock: Path) -> None:
-    """Start *program* -d and wait until it listens on *sock*."""
+def start_daemon(program: str, sock: Path, *, within: Sequence[str] = ()) -> None:
+    """Start *program* -d and wait until it listens on *sock*.
+
+    *within* is the command that enters another host's namespaces; *sock* as seen from here.
+    """
     result = subprocess.run(
-        [program, "-d"],
+        [*within, program, "-d"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -80,11 +84,11 @@ def start_daemon(program: str, sock: Path) -> None:
     wait_for(lambda: answers(sock), what=f"{program} listens on {sock}")
 
 
-def wait_until_ready() -> None:
+def wait_until_ready(uri: str = "qemu:///system") -> None:
     """Wait until libvirtd serves clients: before that it also ignores SIGHUP."""
     try:
         subprocess.run(
-            ["virsh", "-q", "-c", "qemu:///system", "version"],
+            ["virsh", "-q", "-c", uri, "version"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -191,9 +195,10 @@ def reload_libvirtd() -> None:
         script.chmod(0o755)
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            if not installer.reload_daemons():
+            if not daemons.reload_daemons():
                 raise HostError("no libvirt daemon to reload")
             wait_for(lambda: _has_data(reader), what="libvirtd reloads")
+            daemons.remember(daemons.running_daemons())
         finally:
             os.close(reader)
             script.unlink()
@@ -221,11 +226,27 @@ def hook_installed() -> Iterator[Path]:
     finally:
         if before is None:
             installer.uninstall_hook()
+            daemons.forget()
         else:
             path.write_bytes(before)
         if made_dir:
             with contextlib.suppress(OSError):
                 installer.HOOK_DIR.rmdir()
+
+
+@contextlib.contextmanager
+def host_policy(text: str, path: Path = HOST_POLICY_PATH) -> Iterator[None]:
+    """Have a host policy for the block; put back what was there before."""
+    before = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    write(path, text).chmod(0o644)
+    try:
+        yield
+    finally:
+        if before is None:
+            path.unlink()
+        else:
+            path.write_bytes(before)
 
 
 @contextlib.contextmanager
@@ -300,11 +321,18 @@ def public_directory() -> Iterator[Path]:
         yield Path(name)
 
 
-def marker_rom() -> bytes:
-    """Return a 64 KiB firmware that sends 'K' to the first serial port, for ever.
+def marker_rom(*, once: bool = False) -> bytes:
+    """Return a 64 KiB firmware that sends 'K' to the first serial port, for ever or once.
 
-    Its loop stands at the reset vector: the first instruction the guest executes.
+    That stands at the reset vector: the first instruction the guest executes.
     """
+    send_once = bytes.fromhex(
+        "ba f8 03"  # mov dx, 0x3f8
+        "b0 4b"  # mov al, 'K'
+        "ee"  # out dx, al
+        "fa f4"  # cli; hlt
+        "eb fd"  # jmp to the hlt
+    )
     loop = bytes.fromhex(
         "ba f8 03"  # mov dx, 0x3f8
         "b0 4b"  # mov al, 'K'
@@ -313,7 +341,8 @@ def marker_rom() -> bytes:
         "e2 fe"  # loop to itself
         "eb f8"  # jmp to the out
     )
-    return loop.rjust(0x10000 - 16 + len(loop), b"\xf4").ljust(0x10000, b"\xf4")
+    code = send_once if once else loop
+    return code.rjust(0x10000 - 16 + len(code), b"\xf4").ljust(0x10000, b"\xf4")
 
 
 def write(path: Path, text: str) -> Path:

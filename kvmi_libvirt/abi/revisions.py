@@ -6,7 +6,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Final
 
-from kvmi_libvirt.abi.kvmi import Command, Event, KvmiAbi
+from kvmi_libvirt.abi.kvmi import Command, Event, Ioctl, KvmiAbi
 from kvmi_libvirt.abi.v7 import V7
 from kvmi_libvirt.abi.v11 import V11, V11_OR_V12
 from kvmi_libvirt.abi.v12 import V12
@@ -38,3 +38,26 @@ ALWAYS_ALLOWED: Final = frozenset(c.name for c in V12.commands if c.always_allow
 def by_name(name: str) -> KvmiAbi:
     """Return the revision called *name* ("v12", "v11", "v7"); KeyError otherwise."""
     return BY_NAME[name]
+
+
+def candidates(abi: KvmiAbi) -> tuple[KvmiAbi, ...]:
+    """Return the revisions a kernel may be of that was found to be *abi*."""
+    return (V11, V12) if abi is V11_OR_V12 else (abi,)
+
+
+def pinned(found: KvmiAbi, pin: str | None) -> KvmiAbi | None:
+    """Return what a kernel counts as that answers as *found*, where its host says *pin*.
+
+    Between v11 and v12, which share their numbers, the host decides where the kernel
+    does not tell. Where it tells otherwise there is doubt, in which no id is granted
+    that differs: a pin may have outlived a change of the kernel.
+
+    Returns
+        None when the kernel cannot be what *pin* says
+    """
+    if pin is None or pin == found.name:
+        return found
+    said = by_name(pin)
+    if said.request(Ioctl.COMMAND) != found.request(Ioctl.COMMAND):
+        return None
+    return said if found is V11_OR_V12 else V11_OR_V12

@@ -22,6 +22,7 @@ SECCOMP_RET_USER_NOTIF: Final = 0x7FC00000
 SECCOMP_RET_ALLOW: Final = 0x7FFF0000
 
 SECCOMP_USER_NOTIF_FLAG_CONTINUE: Final = 1 << 0
+SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP: Final = 1 << 0  # since 6.6
 SECCOMP_ADDFD_FLAG_SETFD: Final = 1 << 0
 SECCOMP_ADDFD_FLAG_SEND: Final = 1 << 1
 
@@ -93,6 +94,7 @@ SECCOMP_IOCTL_NOTIF_RECV: Final = ioc.iowr(_MAGIC, 0, seccomp_notif)
 SECCOMP_IOCTL_NOTIF_SEND: Final = ioc.iowr(_MAGIC, 1, seccomp_notif_resp)
 SECCOMP_IOCTL_NOTIF_ID_VALID: Final = ioc.iow(_MAGIC, 2, _u64)
 SECCOMP_IOCTL_NOTIF_ADDFD: Final = ioc.iow(_MAGIC, 3, seccomp_notif_addfd)
+SECCOMP_IOCTL_NOTIF_SET_FLAGS: Final = ioc.iow(_MAGIC, 4, _u64)  # since 6.6; by value
 
 
 class sock_filter(ctypes.Structure):  # noqa: N801 - the kernel's name

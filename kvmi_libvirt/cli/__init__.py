@@ -34,17 +34,24 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
         "set": "put an introspection element into a domain's metadata",
         "unset": "take the introspection element out of a domain's metadata",
         "status": "show what is hooked, with which rights",
+        "doctor": "say what is wrong with this host, or why a VM is not hooked",
+        "start": "start a VM so that no instruction of it runs unwatched",
         "hook": "hook a running VM now",
         "unhook": "take introspection off a running VM",
         "apply": "move a hooked VM to the policy it has now",
         "allow": "give a hooked VM's tool more rights now",
         "deny": "take rights from a hooked VM's tool now",
         "probe": "be an introspection tool that asks the kernel what it may do",
+        "agent": "be the daemon that keeps introspection right",
         "emulate": "run a command on an emulated KVMI kernel",
         "install": "install the libvirt hook",
         "uninstall": "remove the libvirt hook",
     }
 )
+
+
+_INTERMIXED: Final = frozenset({"allow", "deny"})
+"""Their names may follow options; argparse alone would take such names for unknown."""
 
 
 class Verb(Protocol):
@@ -137,8 +144,9 @@ def _run(name: str, arguments: list[str], *, debug: bool) -> int:
     verb = cast("Verb", importlib.import_module(f"kvmi_libvirt.cli.{name}"))  # chosen from VERBS
     parser = _Parser(prog=f"{PROG} {name}", description=VERBS[name], allow_abbrev=False)
     verb.add_arguments(parser)
+    parse = parser.parse_intermixed_args if name in _INTERMIXED else parser.parse_args
     try:
-        args = parser.parse_args(arguments)
+        args = parse(arguments)
     except SystemExit as error:  # argparse ends --help and usage errors this way
         return int(error.code or 0)
     try:

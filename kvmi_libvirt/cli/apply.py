@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmi_libvirt.cli.live import add_state_arguments, apply_policy, print_state
+from kvmi_libvirt.cli.live import apply_policy, print_state
+from kvmi_libvirt.cli.target import add_target_arguments, open_target
 from kvmi_libvirt.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("domain", metavar="DOMAIN", help="name, uuid or id")
-    add_state_arguments(parser)
+    add_target_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the state as JSON")
 
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Change its rights: what is no longer allowed goes first."""
-    print_state(apply_policy(args.domain, uri=args.connect), as_json=args.json)
+    with open_target(args) as target:
+        state = apply_policy(target)
+    print_state(state, as_json=args.json)
     return ExitCode.OK

@@ -9,10 +9,11 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmi_libvirt import libvirtio
-from kvmi_libvirt.abi.revisions import REVISIONS, by_name
-from kvmi_libvirt.cli.kernel import NO_KVMI, running_abi
+from kvmi_libvirt.abi.revisions import REVISIONS, by_name, pinned
 from kvmi_libvirt.cli.output import print_json, print_table
-from kvmi_libvirt.errors import ExitCode, StateError
+from kvmi_libvirt.errors import ExitCode, StateError, UnsupportedByKernel
+from kvmi_libvirt.kernel import NO_KVMI, running_abi
+from kvmi_libvirt.plan import make_plan
 from kvmi_libvirt.policy.document import parse, read_file
 from kvmi_libvirt.policy.element import domain_of, parse_document
 from kvmi_libvirt.policy.explain import ALLOWED, Decision, explain
@@ -61,20 +62,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> ExitCode:
     """Explain what would be in force at the next start, or hook."""
     host = load_host_policy()
-    recorded_abi = None
+    recorded = None
     if args.subject == "-" or "/" in args.subject or os.path.exists(args.subject):
         subject = _of_document(read_file(args.subject), host, source=printable(args.subject))
     else:
         found = libvirtio.domain_xml(args.subject, uri=args.connect)
         subject = _of_document(found.xml, host, source=f"XML of domain '{found.name}'")
         if found.is_active and libvirtio.is_local(args.connect):
-            recorded_abi = _recorded_abi(found.uuid)
-    abi, kernel = _kernel(args.abi, recorded_abi)
+            recorded = _recorded_abi(found.uuid)
     if subject.policy is None:
         print(f"{subject.name}: {_nothing(host)}", file=sys.stderr)
         if args.json:
             print_json({"domain": subject.name, "policy": None, "commands": [], "events": []})
         return ExitCode.OK
+    abi, kernel = _kernel(args.abi, recorded, subject.policy.kernel_abi)
     commands, events = explain(subject.policy, abi)
     if kernel == NO_KVMI:
         commands, events = (
@@ -89,10 +90,13 @@ def run(args: argparse.Namespace) -> ExitCode:
     if args.json:
         print_json(_as_json(subject, subject.policy, abi, commands, events))
         return ExitCode.OK
-    for line in _summary(subject, subject.policy, kernel):
+    for line in _summary(subject, subject.policy, kernel, _problem(subject.policy, abi)):
         print(line)
     _print_decisions("COMMAND", commands, subject.policy.commands.everything)
     _print_decisions("EVENT", events, subject.policy.events.everything)
+    if abi is not None and _has_doubts(subject.policy, commands):
+        print()
+        print("?  the kernel does not tell which id this has, so it is not granted")
     return ExitCode.OK
 
 
@@ -112,12 +116,32 @@ def _recorded_abi(uuid: str) -> str | None:
     return recorded.abi if recorded is not None and recorded.state == HOOKED else None
 
 
-def _kernel(wanted: str | None, recorded: str | None) -> tuple[KvmiAbi | None, str]:
+def _kernel(
+    wanted: str | None, recorded: str | None, pin: str | None
+) -> tuple[KvmiAbi | None, str]:
     if wanted is not None:
         return by_name(wanted), f"{by_name(wanted).title}, as asked for"
     if recorded is not None:
         return by_name(recorded), f"{by_name(recorded).title}, as found when it was hooked"
-    return running_abi()
+    found, told = running_abi()
+    abi = None if found is None else pinned(found, pin)
+    if abi is None or abi is found:
+        wrong = f"; the host policy says {pin}, with which nothing is hooked" if found else ""
+        return abi, f"{told}{wrong if abi is None else ''}"
+    if abi.name == pin:
+        return abi, f"{abi.title}, as the host policy says"
+    return abi, f"{told}, but the host policy says {pin}: what differs is not granted"
+
+
+def _problem(policy: Policy, abi: KvmiAbi | None) -> str | None:
+    # Why a hook on this kernel would fail, as far as it depends on the policy.
+    if abi is None:
+        return None
+    try:
+        make_plan(policy, abi, None)
+    except UnsupportedByKernel as error:
+        return str(error)
+    return None
 
 
 def _nothing(host: HostPolicy) -> str:
@@ -129,7 +153,7 @@ def _nothing(host: HostPolicy) -> str:
     return f"no introspection: it has no element, and {many} in {host.path} {not_fits}"
 
 
-def _summary(subject: Subject, policy: Policy, kernel: str) -> list[str]:
+def _summary(subject: Subject, policy: Policy, kernel: str, problem: str | None) -> list[str]:
     place = Reason(rule="", source=policy.origin, line=policy.line).place()
     by = "assigned by the host" if subject.is_assigned else "by its own element"
     rows = [
@@ -141,10 +165,19 @@ def _summary(subject: Subject, policy: Policy, kernel: str) -> list[str]:
         ("secret", policy.secret or "-"),
         ("handshake", f"{policy.handshake_timeout_s:g} s"),
         ("unhook", f"{policy.unhook_timeout_s:g} s"),
+        ("early", "yes" if policy.early else "no"),
         ("reconnect", "no" if policy.reconnect_s is None else f"every {policy.reconnect_s:g} s"),
         ("kernel", kernel),
+        *([("problem", problem)] if problem else []),
     ]
     return [f"{name + ':':10} {value}" for name, value in rows]
+
+
+def _has_doubts(policy: Policy, commands: list[Decision]) -> bool:
+    # v11 and v12 have the same events. Granting all at once needs no ids.
+    if policy.commands.everything:
+        return False
+    return any(d.verdict == ALLOWED and d.in_kernel is None for d in commands)
 
 
 _KERNEL = {True: "yes", False: "no", None: "?"}
@@ -186,8 +219,10 @@ def _as_json(
             "handshake_timeout": policy.handshake_timeout_s,
             "unhook_timeout": policy.unhook_timeout_s,
             "reconnect": policy.reconnect_s,
+            "early": policy.early,
         },
         "abi": None if abi is None else abi.name,
+        "problem": _problem(policy, abi),
         "commands": [_decision_as_json(decision) for decision in commands],
         "events": [_decision_as_json(decision) for decision in events],
     }

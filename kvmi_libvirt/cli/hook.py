@@ -3,28 +3,35 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt.cli.output import print_json
-from kvmi_libvirt.cli.status import public_fields, summary
+from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
-from kvmi_libvirt.errors import ExitCode
-from kvmi_libvirt.introspect import hook_vm
+from kvmi_libvirt.errors import ExitCode, PolicyRefused
+from kvmi_libvirt.introspect import hook_vm, public_fields
 from kvmi_libvirt.policy.document import read_file
-from kvmi_libvirt.policy.element import parse_document
+from kvmi_libvirt.policy.element import parse_document, parse_domain
 from kvmi_libvirt.policy.host import load_host_policy
-from kvmi_libvirt.policy.resolve import permit, resolve
+from kvmi_libvirt.policy.resolve import decide, permit
+from kvmi_libvirt.quoting import printable
 
 if TYPE_CHECKING:
     import argparse
+
+
+_NO_POLICY: Final = (
+    "no introspection element, and no assignment of the host fits; give one with --policy FILE"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_target_arguments(parser)
     parser.add_argument(
-        "--policy", metavar="FILE", help="use this element instead of the domain's own"
+        "--policy",
+        metavar="FILE",
+        help="use this element, not what the host assigns nor the domain's own",
     )
     parser.add_argument("--json", action="store_true", help="print the state as JSON")
 
@@ -32,24 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> ExitCode:
     """Hook the VM; the VM runs on whatever happens."""
     with open_target(args) as target:
-        domain = target.domain
         host = load_host_policy()
         if args.policy is None:
-            resolved = resolve(domain, host)
+            domain, policy = decide(target.domain_xml(), host, source=target.source)
         else:
-            policy = parse_document(read_file(args.policy), source=args.policy)
-            resolved = policy and permit(policy, host, source=args.policy)
-        if resolved is None:
-            print(
-                f"kvmi-libvirt: no introspection element in {args.policy or domain.name}; "
-                "give one with --policy FILE",
-                file=sys.stderr,
-            )
-            return ExitCode.POLICY
+            source = printable(args.policy)
+            domain = parse_domain(target.domain_xml(), source=target.source, with_policy=False)
+            policy = parse_document(read_file(args.policy), source=source)
+            policy = policy and permit(policy, host, source=source)
+        if policy is None:
+            raise PolicyRefused(_NO_POLICY, source=printable(args.policy or target.source))
         state = hook_vm(
             target.process,
             domain,
-            resolved,
+            policy,
             state=state_dir(),
             allow_standin=not target.is_libvirt,
         )

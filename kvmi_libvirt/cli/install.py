@@ -1,36 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvmi-libvirt install``: put the libvirt hook in place."""
+"""``kvmi-libvirt install``: put the libvirt hook, and what goes with it, in place."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt.errors import ExitCode
-from kvmi_libvirt.installer import HOOK_DIR, HOOK_NAME, install_hook, reload_daemons
+from kvmi_libvirt import bounded, daemons, libvirtio
+from kvmi_libvirt.cli import hookscript
+from kvmi_libvirt.cli.hookscript import add_proxmox_argument
+from kvmi_libvirt.errors import ExitCode, KvmiLibvirtError, UsageError
+from kvmi_libvirt.installation import AGENT_UNIT, Change, Installer, Kind, items
+from kvmi_libvirt.installer import HOOK_DIR, HOOK_NAME, hook_is_current, install_hook
 
 if TYPE_CHECKING:
     import argparse
 
+    from kvmi_libvirt.daemons import Daemon
+
+_READY_S: Final = 10.0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
+    add_place_arguments(parser)
+    add_proxmox_argument(parser)
+    parser.add_argument(
+        "--reload", action="store_true", help="make a running libvirt daemon notice, if it must"
+    )
+
+
+def add_place_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --dry-run, --root and --prefix."""
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    parser.add_argument("--reload", action="store_true", help="make running libvirt daemons notice")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path("/"),
+        metavar="DIR",
+        help="the root directory, for images and chroots (default: /)",
+    )
+    parser.add_argument(
+        "--prefix",
+        type=Path,
+        default=Path("/usr/local"),
+        metavar="DIR",
+        help="where man pages and completion go, below the root (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> ExitCode:
-    """Install the hook and say what is left to do."""
-    path = HOOK_DIR / HOOK_NAME
-    if args.dry_run:
-        print(f"would install {path}")
+    """Install what is missing, keep what was edited, and say what is left to do."""
+    if args.proxmox is not None:
+        return hookscript.install(args.proxmox, dry_run=args.dry_run)
+    require_places(args)
+    hook_dir = below(args.root, HOOK_DIR)
+    is_here = args.root.resolve() == Path("/")
+    running = daemons.running_daemons() if is_here else []
+    hooks = daemons.qemu_hooks()
+    knowing = [daemon for daemon in running if daemons.knows_of_hooks(daemon, hooks)]
+
+    tell(_install_hook(hook_dir, dry_run=args.dry_run), hook_dir / HOOK_NAME, args)
+    installer = Installer(args.root, dry_run=args.dry_run)
+    made = set()
+    for item in items(command=own_command(), prefix=args.prefix):
+        change = installer.make(item)
+        if change is not None:
+            tell(change, below(args.root, item.path), args)
+        if change is Change.MADE and item.kind is Kind.OURS:
+            made.add(item.path.name)
+    if AGENT_UNIT in made and not args.dry_run:
+        print(f"to start the agent: systemctl daemon-reload; systemctl enable --now {AGENT_UNIT}")
+    if not is_here:
         return ExitCode.OK
-    print(f"installed {path}" if install_hook() else f"{path} is in place already")
-    if args.reload:
-        for daemon in reload_daemons():
-            print(f"reloaded {daemon}")
-    else:
+    if not args.dry_run:
+        # The hook's file has another time now: what was known by it must be noted.
+        daemons.remember(knowing)
+    return _tell_daemons(running, knowing, args)
+
+
+def require_places(args: argparse.Namespace) -> None:
+    """Raise UsageError for a root or prefix that cannot be one."""
+    if not args.root.is_dir():
+        raise UsageError(f"--root {args.root} is no directory")
+    if not args.prefix.is_absolute():
+        raise UsageError(f"--prefix {args.prefix} is not absolute")
+
+
+def below(root: Path, path: Path) -> Path:
+    """Return where the absolute *path* is in another *root* directory."""
+    return root / path.relative_to("/")
+
+
+def tell(change: Change, path: Path, args: argparse.Namespace) -> None:
+    """Print what became of *path*, or would have."""
+    text = change.value.format(path=path)
+    would = args.dry_run and change in (Change.MADE, Change.UPDATED, Change.REMOVED)
+    if would:
+        verb = {Change.MADE: "install", Change.UPDATED: "update", Change.REMOVED: "remove"}[change]
+        text = f"would {verb} {path}"
+    print(text)
+
+
+def _install_hook(hook_dir: Path, *, dry_run: bool) -> Change:
+    if hook_is_current(hook_dir=hook_dir):
+        return Change.SAME
+    change = Change.UPDATED if (hook_dir / HOOK_NAME).exists() else Change.MADE
+    if not dry_run:
+        install_hook(hook_dir=hook_dir)
+    return change
+
+
+def own_command() -> str:
+    """Return the path of this installation's ``kvmi-libvirt``, for units to run."""
+    beside = Path(sys.executable).with_name("kvmi-libvirt")
+    if beside.exists():
+        return str(beside)
+    return shutil.which("kvmi-libvirt") or str(beside)
+
+
+def _tell_daemons(
+    running: list[Daemon], knowing: list[Daemon], args: argparse.Namespace
+) -> ExitCode:
+    if not running:
+        print("no libvirt daemon runs: it will see the hook when it starts")
+    unaware = [daemon for daemon in running if daemon not in knowing]
+    for daemon in knowing:
+        print(f"{daemon.name} (process {daemon.pid}) runs qemu hooks already: nothing to reload")
+    if not unaware:
+        return ExitCode.OK
+    for daemon in unaware:
         print(
-            "a libvirt daemon that had no qemu hook when it started must be reloaded: "
-            "systemctl reload libvirtd (or virtqemud), or run this with --reload"
+            f"{daemon.name} (process {daemon.pid}) looked for qemu hooks before there were any, "
+            "and runs none until it is reloaded; running VMs do not notice a reload"
         )
+    if args.dry_run:
+        return ExitCode.OK
+    if args.reload or _is_wanted(unaware):
+        return _reload(unaware)
+    for daemon in unaware:
+        print(f"next: {daemons.reload_command(daemon)}")
+    return ExitCode.OK
+
+
+def _is_wanted(unaware: list[Daemon]) -> bool:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    names = " and ".join(daemon.name for daemon in unaware)
+    try:
+        return input(f"reload {names} now? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def _reload(unaware: list[Daemon]) -> ExitCode:
+    # A daemon that has not finished starting ignores a reload: it is waited for.
+    try:
+        bounded.call(libvirtio.version, timeout_s=_READY_S)
+        is_ready = True
+    except (bounded.Unanswered, KvmiLibvirtError, OSError):
+        is_ready = False
+    reloaded = daemons.reload_daemons()
+    for name in reloaded:
+        print(f"reloaded {name}")
+    missed = [daemon.name for daemon in unaware if daemon.name not in reloaded]
+    if missed:
+        raise KvmiLibvirtError(f"{', '.join(missed)} could not be reloaded: run this as root")
+    if is_ready:
+        daemons.remember(unaware)
+    else:
+        print("libvirt does not answer, so the reload may have had no effect")
+        print("next: kvmi-libvirt doctor")
     return ExitCode.OK

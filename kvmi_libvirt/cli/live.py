@@ -7,27 +7,18 @@ from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
 from kvmi_libvirt.cli.output import print_json
-from kvmi_libvirt.cli.status import public_fields, summary
+from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import state_dir
 from kvmi_libvirt.errors import PolicyRefused
-from kvmi_libvirt.introspect import change_vm, is_same_process, unhook_vm
+from kvmi_libvirt.introspect import change_vm, is_same_process, public_fields, take_leave
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.qemu.process import open_domain
 from kvmi_libvirt.state import HOOKED
 
 if TYPE_CHECKING:
-    import argparse
-
+    from kvmi_libvirt.cli.target import Target
     from kvmi_libvirt.state import VmState
-
-
-def add_state_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --connect and --json."""
-    parser.add_argument(
-        "-c", "--connect", metavar="URI", default=libvirtio.DEFAULT_URI, help="libvirt to ask"
-    )
-    parser.add_argument("--json", action="store_true", help="print the state as JSON")
 
 
 def print_state(state: VmState, *, as_json: bool) -> None:
@@ -38,21 +29,19 @@ def print_state(state: VmState, *, as_json: bool) -> None:
         print(summary(state))
 
 
-def apply_policy(domain: str, *, uri: str) -> VmState:
-    """Move a hooked domain to the policy it has now.
+def apply_policy(target: Target) -> VmState:
+    """Move a hooked VM to the policy it has now.
 
     Raises
         PolicyRefused  it has none any more
         SessionError   it is not hooked, or by another tool; or a step failed
     """
-    running = libvirtio.running_domain(domain, uri=uri)
-    source = f"XML of domain '{running.name}'"
-    policy = decide(running.xml, load_host_policy(), source=source)[1]
+    policy = decide(target.domain_xml(), load_host_policy(), source=target.source)[1]
     if policy is None:
-        text = "no introspection element, and no assignment of the host fits; to end "
-        raise PolicyRefused(f"{text}its introspection, 'kvmi-libvirt unhook' it", source=source)
-    with open_domain(running.name, running.uuid) as process:
-        return change_vm(process, running.uuid, policy, state=state_dir())
+        text = "no introspection element, and no assignment of the host fits; to end its "
+        text += "introspection, 'kvmi-libvirt unhook' it"
+        raise PolicyRefused(text, source=target.source)
+    return change_vm(target.process, target.uuid, policy, state=state_dir())
 
 
 def follow(domain: str, uuid: str, *, uri: str) -> VmState | None:
@@ -74,5 +63,5 @@ def follow(domain: str, uuid: str, *, uri: str) -> VmState | None:
         source = f"XML of domain '{running.name}'"
         policy = decide(running.xml, load_host_policy(), source=source)[1]
         if policy is None:
-            return unhook_vm(process, recorded, state=state)
+            return take_leave(process, recorded, state=state)
         return change_vm(process, uuid, policy, state=state)

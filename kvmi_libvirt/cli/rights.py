@@ -8,16 +8,14 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvmi_libvirt import libvirtio
-from kvmi_libvirt.cli.live import add_state_arguments, print_state
-from kvmi_libvirt.cli.target import state_dir
-from kvmi_libvirt.errors import ExitCode, PolicyRefused, PolicyValueError
+from kvmi_libvirt.cli.live import print_state
+from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
+from kvmi_libvirt.errors import ExitCode, PolicyRefused, PolicyValueError, UsageError
 from kvmi_libvirt.introspect import change_vm
 from kvmi_libvirt.policy.groups import GROUPS
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import Mode, Policy, Reason, Rights, parse_source
-from kvmi_libvirt.policy.rules import COMMANDS, EVENTS, canonical, unknown_name
-from kvmi_libvirt.qemu.process import open_domain
+from kvmi_libvirt.policy.rules import COMMANDS, EVENTS, canonical, unknown_right
 
 if TYPE_CHECKING:
     import argparse
@@ -43,25 +41,29 @@ class Named:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare both verbs' arguments."""
-    parser.add_argument("domain", metavar="DOMAIN", help="name, uuid or id")
+    add_target_arguments(parser)
     parser.add_argument(
-        "names", metavar="NAME", nargs="+", help="of a command, an event, or a group of both"
+        "names", metavar="NAME", nargs="*", help="of a command, an event, or a group of both"
     )
-    add_state_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the state as JSON")
 
 
 def change(args: argparse.Namespace, *, allow: bool) -> ExitCode:
     """Change the rights in force of a hooked VM, until its policy is next applied."""
+    if args.pid is not None and args.domain is not None:
+        # Whatever stands beside --pid is a name.
+        args.domain, args.names = None, [args.domain, *args.names]
+    if not args.names:
+        raise UsageError("name what to change; 'kvmi-libvirt names' lists it")
     named = read_names(args.names)
     if allow:
         named = within_ceiling(named, load_host_policy())
-    running = libvirtio.running_domain(args.domain, uri=args.connect)
 
     def wanted(recorded: VmState) -> Policy:
         return changed(recorded, named, allow=allow)
 
-    with open_domain(running.name, running.uuid) as process:
-        state = change_vm(process, running.uuid, wanted, state=state_dir())
+    with open_target(args) as target:
+        state = change_vm(target.process, target.uuid, wanted, state=state_dir())
     print_state(state, as_json=args.json)
     return ExitCode.OK
 
@@ -91,9 +93,7 @@ def read_names(names: list[str]) -> Named:
         elif event is not None:
             events.add(event)
         else:
-            looks_like_event = "EVENT" in name.upper()
-            vocabulary = EVENTS if looks_like_event else COMMANDS
-            raise PolicyValueError(unknown_name(name, vocabulary))
+            raise PolicyValueError(unknown_right(name))
     named = {canonical(name, COMMANDS) or canonical(name, EVENTS) for name in names}
     return Named(
         commands=frozenset(commands),

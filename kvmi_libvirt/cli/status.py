@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kvmi_libvirt import agentclient
 from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.cli.target import state_dir
-from kvmi_libvirt.errors import ExitCode, StateError, TargetError, TargetNotFound
-from kvmi_libvirt.introspect import is_same_process, verified
-from kvmi_libvirt.newtypes import Pid
-from kvmi_libvirt.qemu.process import Process
+from kvmi_libvirt.errors import ExitCode, StateError, TargetNotFound
+from kvmi_libvirt.introspect import interrupted, look_at, public_fields
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
+    from pathlib import Path
 
     from kvmi_libvirt.state import VmState
 
@@ -28,11 +30,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> ExitCode:
     """Print what is recorded, checked against what can be seen now."""
     problems: list[StateError] = []
-    states = [verified(state) for state in state_dir().all(problems.append) if _runs(state)]
+    states = seen_states(problems.append)
     for problem in problems:
         print(f"kvmi-libvirt: {problem}", file=sys.stderr)
     _show(args, states)
     return ExitCode.FAILED if problems else ExitCode.OK
+
+
+def seen_states(damaged: Callable[[StateError], None]) -> list[VmState]:
+    """Return what is known of the VMs that run, checked against what can be seen now.
+
+    Also of those about which only the journal of an interrupted session tells.
+
+    Parameters
+        damaged  is told of files that are no record
+    """
+    state = state_dir()
+    told = _told_by_agent(state.path)
+    states = [
+        seen for found in state.all(damaged) if (seen := _confirmed(found, told) or look_at(found))
+    ]
+    recorded = {found.uuid for found in states}
+    for left in state.journals(damaged):
+        if left.uuid not in recorded and (found := interrupted(left, state)) is not None:
+            states.append(found)
+    return states
+
+
+def _told_by_agent(directory: Path) -> dict[str, dict[str, Any]]:
+    # It watches the channels, and knows why it waits: no need to look at a thousand VMs.
+    answer = agentclient.ask(directory, "status") or {}
+    return {vm["uuid"]: vm for vm in answer.get("vms", ())}
+
+
+def _confirmed(state: VmState, told: dict[str, dict[str, Any]]) -> VmState | None:
+    vm = told.get(state.uuid)
+    if vm is None or (vm["pid"], vm["state"], vm["since"]) != (state.pid, state.state, state.since):
+        return None
+    return dataclasses.replace(state, error=vm["error"])
 
 
 def _show(args: argparse.Namespace, states: list[VmState]) -> None:
@@ -68,32 +103,6 @@ def _show(args: argparse.Namespace, states: list[VmState]) -> None:
     for state in states:
         if state.error:
             print(f"{state.domain}: {state.error}")
-
-
-def _runs(state: VmState) -> bool:
-    # A VM may have ended while libvirtd was down, so that no hook cleaned up.
-    try:
-        with Process(Pid(state.pid)) as process:
-            return is_same_process(state, process)
-    except TargetError:
-        return False
-
-
-def public_fields(state: VmState) -> dict[str, object]:
-    """Return the fields ``status --json`` promises, in their order."""
-    return {
-        "domain": state.domain,
-        "uuid": state.uuid,
-        "pid": state.pid,
-        "abi": state.abi,
-        "mode": state.mode,
-        "state": state.state,
-        "source": state.source,
-        "commands": list(state.commands),
-        "events": list(state.events),
-        "since": state.since,
-        "error": state.error,
-    }
 
 
 def summary(state: VmState) -> str:

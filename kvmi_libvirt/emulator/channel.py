@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Final
 from kvmi_libvirt.emulator.protocol import ChannelBroken, Decoder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmi_libvirt.emulator.protocol import Service
     from kvmi_libvirt.newtypes import LocalFd
 
@@ -31,23 +33,31 @@ _TIMEVAL: Final = struct.Struct("qq")  # struct timeval: seconds, microseconds
 _NO_FLAGS_SEND: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
+def _unwatched(_fd: int) -> None:
+    return
+
+
 class Channel:
     """Owner of our copy of the tool's socket.
 
     Parameters
-        fd       taken over, also when this raises
-        service  answers the messages
+        fd        taken over, also when this raises
+        service   answers the messages
+        released  called with the fd, just before our copy of the socket is closed
     Raises
         OSError  *fd* is not a socket; it is closed.
     """
 
-    def __init__(self, fd: LocalFd, service: Service) -> None:
+    def __init__(
+        self, fd: LocalFd, service: Service, *, released: Callable[[int], None] = _unwatched
+    ) -> None:
         try:
             self._socket = socket.socket(fileno=fd)
         except OSError:
             socket.close(fd)
             raise
         self._service = service
+        self._released = released
         self._decoder = Decoder()
         self._unsent = bytearray()
         self._has_messages = False
@@ -147,6 +157,8 @@ class Channel:
 
     def release(self) -> None:
         """Close our copy only; whoever else has the socket notices nothing. Idempotent."""
+        if self.is_open:
+            self._released(self.fd)
         self._socket.close()
         if self._event_left:
             self._event_left, self._event_sent = 0, False

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -29,6 +30,9 @@ from kvmi_libvirt.emulator.faults import NO_FAULTS
 if TYPE_CHECKING:
     from kvmi_libvirt.abi.kvmi import KvmiAbi
     from kvmi_libvirt.emulator.faults import Faults
+
+_FEATURE: Final = struct.Struct("=Ii")  # struct kvm_introspection_feature: allow, id
+_HOOK: Final = struct.Struct("=iI16s")  # struct kvm_introspection_hook: fd, padding, uuid
 
 EVENT_UNHOOK: Final = 0
 """Id of the VM event that PREUNHOOK sends, the same in every revision."""
@@ -122,6 +126,8 @@ class Kernel:
     def __init__(self, abi: KvmiAbi, *, faults: Faults = NO_FAULTS) -> None:
         self.abi = abi
         self.faults = faults
+        self._always_allowed_ids = abi.always_allowed_ids
+        self._always_allowed = sum(1 << command_id for command_id in self._always_allowed_ids)
 
     def check_extension(self, extension: int) -> int:
         """Return what KVM_CHECK_EXTENSION answers; 0 for all but ``abi.capability``."""
@@ -158,8 +164,10 @@ class Kernel:
             same_mm   the caller has the address space that created the VM
         """
         refusal = self.refuse(ioctl, argument, same_mm=same_mm)
-        if refusal is not None:
-            return refusal
+        return refusal or self.carry_out(vm, ioctl, argument)
+
+    def carry_out(self, vm: VmState, ioctl: Ioctl, argument: bytes | None) -> Outcome:
+        """Say what becomes of an ioctl that was not refused, as :meth:`handle` does."""
         if ioctl is Ioctl.UNHOOK:
             return self._unhook(vm)
         if ioctl is Ioctl.PREUNHOOK:
@@ -173,7 +181,7 @@ class Kernel:
             return Answer(errno=errno.EINVAL)
         self._reset(vm)
         vm.hooked = vm.connected = True
-        vm.commands = self._default_commands()
+        vm.commands = self._always_allowed
         vm.uuid = hook.uuid
         return Answer()
 
@@ -203,13 +211,13 @@ class Kernel:
     def _argument_error(self, ioctl: Ioctl, argument: bytes) -> int:
         if ioctl is Ioctl.HOOK:
             return _padding_error(argument)
-        feature = kvm_introspection_feature.from_buffer_copy(argument)
-        if not ALL_IDS <= feature.id < self._slots(ioctl) or feature.allow > 1:
+        allow, feature_id = _FEATURE.unpack(argument)
+        if not ALL_IDS <= feature_id < self._slots(ioctl) or allow > 1:
             return errno.EINVAL
         return 0
 
     def _hook(self, vm: VmState, _ioctl: Ioctl, argument: bytes) -> Outcome:
-        hook = kvm_introspection_hook.from_buffer_copy(argument)
+        fd, _, uuid = _HOOK.unpack(argument)
         if vm.hooked or vm.awaits_vcpus:
             return Answer(errno=errno.EEXIST)
         if vm.eexist_left:
@@ -219,7 +227,7 @@ class Kernel:
         if self.faults.enomem and (count is None or vm.enomem_met < count):
             vm.enomem_met += 1
             return Answer(errno=errno.ENOMEM)
-        return TakeSocket(fd=hook.fd, uuid=bytes(hook.uuid))
+        return TakeSocket(fd=fd, uuid=uuid)
 
     def _unhook(self, vm: VmState) -> Answer:
         was_hooked = vm.hooked
@@ -242,15 +250,15 @@ class Kernel:
     def _feature(self, vm: VmState, ioctl: Ioctl, argument: bytes) -> Answer:
         if not vm.hooked:
             return Answer(errno=errno.EFAULT)
-        feature = kvm_introspection_feature.from_buffer_copy(argument)
-        if self._is_protected(ioctl, feature):
+        allow, feature_id = _FEATURE.unpack(argument)
+        if self._is_protected(ioctl, allow, feature_id):
             return Answer(errno=errno.EPERM)
         # Any other bit is ignored where a revision does not refuse it.
-        allow = bool(feature.allow & 1)
-        selected = self._selected(ioctl, feature.id)
+        allow = bool(allow & 1)
+        selected = self._selected(ioctl, feature_id)
         if ioctl is Ioctl.COMMAND:
             vm.commands = _changed(vm.commands, selected, allow=allow)
-            vm.commands |= self._default_commands()
+            vm.commands |= self._always_allowed
         else:
             vm.events = _changed(vm.events, selected, allow=allow)
         return Answer()
@@ -262,15 +270,8 @@ class Kernel:
         # An id that is nothing is a bit all the same.
         return (1 << self._slots(ioctl)) - 1 if feature_id == ALL_IDS else 1 << feature_id
 
-    def _is_protected(self, ioctl: Ioctl, feature: kvm_introspection_feature) -> bool:
-        return (
-            ioctl is Ioctl.COMMAND
-            and not feature.allow & 1
-            and feature.id in self.abi.always_allowed_ids
-        )
-
-    def _default_commands(self) -> int:
-        return sum(1 << command_id for command_id in self.abi.always_allowed_ids)
+    def _is_protected(self, ioctl: Ioctl, allow: int, feature_id: int) -> bool:
+        return ioctl is Ioctl.COMMAND and not allow & 1 and feature_id in self._always_allowed_ids
 
     @staticmethod
     def _reset(vm: VmState) -> None:
@@ -285,7 +286,8 @@ def _changed(mask: int, selected: int, *, allow: bool) -> int:
 
 
 def _padding_error(argument: bytes) -> int:
-    return errno.EINVAL if kvm_introspection_hook.from_buffer_copy(argument).padding else 0
+    _, padding, _ = _HOOK.unpack(argument)
+    return errno.EINVAL if padding else 0
 
 
 class KernelV7(Kernel):
@@ -308,10 +310,10 @@ class KernelV7(Kernel):
     def _argument_error(self, ioctl: Ioctl, argument: bytes) -> int:
         if ioctl is Ioctl.HOOK:
             return _padding_error(argument)
-        feature = kvm_introspection_feature.from_buffer_copy(argument)
-        if feature.id < ALL_IDS:
+        allow, feature_id = _FEATURE.unpack(argument)
+        if feature_id < ALL_IDS:
             return errno.EINVAL
-        return errno.EPERM if self._is_protected(ioctl, feature) else 0
+        return errno.EPERM if self._is_protected(ioctl, allow, feature_id) else 0
 
     def _selected(self, ioctl: Ioctl, feature_id: int) -> int:
         entries = self.abi.commands if ioctl is Ioctl.COMMAND else self.abi.events

@@ -51,6 +51,8 @@ _FAILED: Final = b"-"
 _PID: Final = struct.Struct("i")
 _LAUNCHER: Final = struct.Struct("ii")  # its pid, its fd of the control socket
 _MESSAGE_LEN: Final = 4096
+# As the wrapper notes a call: struct seccomp_notif, struct kvm_userspace_memory_region.
+_NOTED: Final = struct.Struct("80s32s")
 
 
 def launch(
@@ -188,51 +190,64 @@ def _supervise(
         _complain(control, str(error))
 
 
-def supervise_quickly(
-    control_fd: int, revision: str, launcher: int, *, trace: str, stderr: int
-) -> None:
-    """Be the supervisor of a launcher that has become its program meanwhile.
+def take_over() -> None:
+    """Go on as the supervisor that QEMU's wrapper has begun to be, in this very process.
 
-    For ``quick``. Returns when no task uses the filter any more, or when the launcher
-    ended without handing a listener over.
-
-    Parameters
-        control_fd  taken over: the listener comes on it
-        stderr      taken over: open until all is loaded, for what goes wrong till then
-    Raises
-        OSError, EmulatorError  the host does not let it work; not yet closed *stderr* tells
+    For ``scripts/kvmi-emulated-qemu``; returns when no task uses the filter any more. The
+    arguments are the wrapper's name, the listener, the launcher's process id, the revision,
+    and in hex the notification that is to be answered first, if there is one. Standard input
+    has the calls that were let through, each with what it pointed to. What goes wrong
+    before QEMU can be served is told in one line on standard error, which is QEMU's.
     """
-    abi = next(abi for abi in EMULATED if abi.name == revision)
     from kvmi_libvirt.emulator.supervisor import Supervisor
 
-    with socket.socket(fileno=control_fd) as control, Trace(trace, lazy=True) as trace_file:
-        _detach(control, trace_file, keep=stderr)
-        _check_own_rights()
-        _, fds, _, _ = socket.recv_fds(control, _MESSAGE_LEN, 1)
-        if not fds:  # the launcher said why
+    name, listener, launcher, revision, unanswered = sys.argv[1:]
+    os.set_inheritable(int(listener), False)
+    with open(0, "rb", closefd=False) as stdin:
+        noted = stdin.read()
+    _redirect(0, 1)
+    _default_signals()
+    with Trace(f"{TRACE_DIRECTORY}/emulator-{launcher}.jsonl", lazy=True) as trace:
+        try:
+            _check_own_rights()
+            abi = next(abi for abi in EMULATED if abi.name == revision)
+            supervisor = Supervisor(LocalFd(int(listener)), abi, trace, stand_in=False)
+        except Exception as error:
+            print(f"{name}: the emulator's supervisor ended: {error}", file=sys.stderr)
             return
-        _rename(launcher)
-        listener = LocalFd(fds[0])
-        with Supervisor(listener, abi, trace_file, stand_in=False) as supervisor:
-            os.close(stderr)
-            control.close()
+        with supervisor:
+            for notification, region in _NOTED.iter_unpack(noted):
+                supervisor.remember(notification, region)
+            if unanswered:
+                supervisor.serve_received(bytes.fromhex(unanswered))
+            _redirect(2)
+            _rename(int(launcher))
             supervisor.run()
 
 
-def _detach(control: socket.socket, trace: Trace, *, keep: int = -1) -> None:
+def _detach(control: socket.socket, trace: Trace) -> None:
     os.setsid()
     os.chdir("/")
     # Whoever waits for the end of a pipe that QEMU inherits must not wait for us.
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    kept = {0, 1, 2, control.fileno(), trace.fd, keep}
+    _redirect(0, 1, 2)
+    kept = {0, 1, 2, control.fileno(), trace.fd}
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd not in kept:
             try:
                 os.close(fd)
             except OSError:  # the listing's own
                 pass
+    _default_signals()
+
+
+def _redirect(*fds: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in fds:
+        os.dup2(null, fd)
+    os.close(null)
+
+
+def _default_signals() -> None:
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         try:
             signal.signal(number, signal.SIG_DFL)
@@ -341,12 +356,12 @@ def _new_listener(program: Sequence[sock_filter]) -> LocalFd:
 
 
 def emulated_qemu() -> int:
-    """Be QEMU on an emulated KVMI kernel: the ``kvmi-emulated-qemu`` console scripts.
+    """Be QEMU on an emulated KVMI kernel, where the wrapper cannot do it more quickly.
 
-    For libvirt's ``<emulator>``. Runs $KVMI_QEMU or the distribution's QEMU with the
-    arguments it got; the revision is the suffix of its own name ("-v11", "-v7"), v12
-    without. $KVMI_FAULT is a comma-separated list of faults. Returns only when it failed,
-    with one line on stderr: the exit code.
+    Runs $KVMI_QEMU or the distribution's QEMU with the arguments it got; the revision is
+    the suffix of its own name ("-v11", "-v7"), v12 without. $KVMI_FAULT is a
+    comma-separated list of faults. Returns only when it failed, with one line on
+    stderr: the exit code.
     """
     name = os.path.basename(sys.argv[0])
     try:

@@ -171,6 +171,14 @@ def _listed(directory: str) -> list[str]:
         return []
 
 
+def allow_many_fds() -> None:
+    """Allow this process as many descriptors as its hard limit says. Idempotent."""
+    import resource  # here: who serves one VM has no need of it
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def thread_group(tid: Tid) -> Pid:
     """Return the process thread *tid* belongs to; OSError when it is gone."""
     with open(f"/proc/{tid}/status", encoding="ascii", errors="replace") as status:

@@ -2,13 +2,14 @@
 """The trace file: one JSON line for each ioctl the emulator answered.
 
 ``{"t": .., "tid": .., "ioctl": .., "request": .., "args": {..}, "errno": ..}``: *t*
-is seconds since the epoch, *errno* 0 is success. The line is written after the
-answer, so that a slow disk never holds QEMU up; each is one write(2). A disk that
+is seconds since the epoch, *errno* 0 is success. Lines are kept until nobody waits for
+an answer, so that neither a slow disk nor their making holds QEMU up. A disk that
 is full loses lines and nothing else. Imports ``abi`` and ``newtypes`` only.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from itertools import pairwise
@@ -21,7 +22,7 @@ from kvmi_libvirt.abi.kvmi import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from kvmi_libvirt.newtypes import Tid
 
@@ -43,6 +44,7 @@ class Trace:
     def __init__(self, path: str | os.PathLike[str] | None, *, lazy: bool = False) -> None:
         self._lazy_path = path if lazy else None
         self._fd = os.open(path, _FLAGS, _MODE) if path is not None and not lazy else -1
+        self._kept: list[tuple[float, Callable[[], Mapping[str, object]]]] = []
 
     def __enter__(self) -> Trace:
         return self
@@ -56,7 +58,8 @@ class Trace:
         return self._fd
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
+        """Write what is kept and close the file. Idempotent."""
+        self.flush()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -67,28 +70,33 @@ class Trace:
         tid: Tid,
         name: str,
         request: int,
-        args: Mapping[str, object],
+        args: Callable[[], Mapping[str, object]],
         *,
         errno: int,
-        extra: Mapping[str, object],
+        ret: int | None = None,
     ) -> None:
-        """Write the line of one ioctl; *extra* fields come last."""
-        self._write(
-            {
-                "tid": tid,
-                "ioctl": name,
-                "request": hex(request),
-                "args": args,
-                "errno": errno,
-                **extra,
-            }
-        )
+        """Keep the line of one ioctl; *args* is called when it is written."""
+
+        def fields() -> Mapping[str, object]:
+            line = {"tid": tid, "ioctl": name, "request": hex(request), "args": args()}
+            return {**line, "errno": errno, **({} if ret is None else {"ret": ret})}
+
+        self._keep(fields)
 
     def failure(self, text: str) -> None:
-        """Write a line that says what went wrong inside the emulator."""
-        self._write({"error": text})
+        """Keep a line that says what went wrong inside the emulator."""
+        self._keep(lambda: {"error": text})
 
-    def _write(self, fields: Mapping[str, object]) -> None:
+    @property
+    def has_kept(self) -> bool:
+        """Say whether there is anything to write."""
+        return bool(self._kept)
+
+    def flush(self) -> None:
+        """Write what is kept."""
+        if not self._kept:
+            return
+        kept, self._kept = self._kept, []
         if self._lazy_path is not None:
             try:
                 # Left by an older process of the same number: not ours to add to.
@@ -99,13 +107,15 @@ class Trace:
             self._lazy_path = None
         if self._fd < 0:
             return
-        import json  # here: nothing of a start waits for it
-
-        line = json.dumps({"t": round(time.time(), 6), **fields}) + "\n"
+        lines = [json.dumps({"t": round(at, 6), **fields()}) + "\n" for at, fields in kept]
         try:
-            os.write(self._fd, line.encode())
+            os.write(self._fd, "".join(lines).encode())
         except OSError:
             pass
+
+    def _keep(self, fields: Callable[[], Mapping[str, object]]) -> None:
+        if self._fd >= 0 or self._lazy_path is not None:
+            self._kept.append((time.time(), fields))
 
 
 def traced_args(ioctl: Ioctl, argument: bytes | None, address: int) -> dict[str, object]:

@@ -61,7 +61,9 @@ def parse(data: bytes, *, source: str) -> etree._Element:
     """
     if len(data) > MAX_BYTES:
         raise PolicySyntaxError(
-            f"longer than {MAX_BYTES // 1024 // 1024} MiB; this is no domain XML", source=source
+            f"longer than {MAX_BYTES // 1024 // 1024} MiB; this is no domain XML",
+            source=source,
+            line=1,
         )
     _check_text(data, source)
     refused = _check_bounds(data, source)
@@ -78,7 +80,7 @@ def parse(data: bytes, *, source: str) -> etree._Element:
         # Of what expat has refused, libxml2 sees no more than it needs to name the reason.
         root = etree.fromstring(data if refused is None else data[: refused.end], parser)
     except etree.XMLSyntaxError as error:
-        line = error.lineno or None
+        line = error.lineno or 1
         raise PolicySyntaxError(_explain(error), source=source, line=line) from None
     if refused is not None:
         raise PolicySyntaxError(_NOT_WELL_FORMED, source=source, line=refused.line)
@@ -155,7 +157,7 @@ def _check_text(data: bytes, source: str) -> None:
     except UnicodeDecodeError as error:
         utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
         what = "looks like UTF-16" if utf16 else f"byte 0x{data[error.start]:02x} is not UTF-8"
-        line = None if utf16 else data.count(b"\n", 0, error.start) + 1
+        line = 1 if utf16 else data.count(b"\n", 0, error.start) + 1
         raise PolicySyntaxError(
             f"{what}; save the file in UTF-8", source=source, line=line
         ) from None

@@ -26,36 +26,30 @@ if TYPE_CHECKING:
 
     from lxml import etree
 
-    from kvmi_libvirt.policy.facts import NovaFacts
     from kvmi_libvirt.policy.reading import Profile
 
 ELEMENT: Final = "introspection"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Domain:
+class Domain(facts.Identity):
     """What is needed of a libvirt domain.
 
     Parameters
-        name          "" when the document has none
         uuid          lower case with dashes, "" when the document has none
         vcpus         online at start
         memory_bytes  total guest memory, 0 when the document has none
         machine       for example "pc-q35-7.2", "" when the document has none
         policy        None when the domain carries no introspection element
-        nova          what OpenStack says of it, None for a domain of anybody else
-        vmid          of a Proxmox VE machine, None for any other
+        emulator      program that runs it with KVM, "" when the document does not say
         origin        file name or description of the document, for messages
     """
 
-    name: str
-    uuid: str
     vcpus: int
     memory_bytes: int
     machine: str
     policy: Policy | None
-    nova: NovaFacts | None = None
-    vmid: int | None = None
+    emulator: str = ""
     origin: str = field(default="", compare=False)
 
 
@@ -74,17 +68,17 @@ def parse_domain(xml: bytes, *, source: str, with_policy: bool = True) -> Domain
     root = parse(xml, source=source)
     domain = domain_of(root)
     if domain is None:
-        raise PolicySchemaError(
-            f"root element is {tag_of(root)}, not <domain>", source=source, line=line_of(root)
-        )
+        text = _foreign_domain(root) or f"root element is {tag_of(root)}, not <domain>"
+        raise PolicySchemaError(text, source=source, line=line_of(root))
     return Domain(
-        name=domain.findtext("name") or "",
+        name=facts.name(domain, source),
         uuid=facts.uuid(domain, source),
         vcpus=facts.vcpus(domain, source),
         memory_bytes=facts.memory_bytes(domain, source),
         machine=facts.machine(domain),
         policy=_policy_of(domain, source) if with_policy else None,
-        nova=facts.nova_facts(domain),
+        nova=facts.nova_facts(domain, source),
+        emulator=facts.emulator(domain),
         origin=source,
     )
 
@@ -145,10 +139,17 @@ def root_findings(root: etree._Element) -> list[Finding]:
     if name == ELEMENT:
         message = namespace_message(root)
     else:
-        message = (
+        message = _foreign_domain(root) or (
             f'root element is {tag_of(root)}; expected <domain> or <{ELEMENT} xmlns="{NAMESPACE}">'
         )
     return [Finding(message=message, line=line_of(root))]
+
+
+def _foreign_domain(root: etree._Element) -> str | None:
+    namespace, name = split(root)
+    if name != "domain" or namespace is None:
+        return None
+    return f"{tag_of(root)} is of namespace {quoted(namespace)}; libvirt has none, remove it"
 
 
 def namespace_message(element: etree._Element) -> str:

@@ -9,11 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED, REVISIONS
+from kvmi_libvirt.abi.revisions import (
+    ALL_COMMANDS,
+    ALL_EVENTS,
+    ALWAYS_ALLOWED,
+    REVISIONS,
+    candidates,
+)
 from kvmi_libvirt.policy.model import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from kvmi_libvirt.abi.kvmi import KvmiAbi
     from kvmi_libvirt.policy.model import Policy, Rights
@@ -31,7 +37,8 @@ class Decision:
         verdict    ALLOWED, DENIED, or ALWAYS for what no policy can deny
         optional   allowed, and a kernel without it is put up with
         reason     what decided
-        in_kernel  whether the kernel has it; None when the kernel is not known
+        in_kernel  whether the kernel has it; None when the kernel is not known, or does
+                   not tell which id it has there, so that it is not granted
     """
 
     name: str
@@ -50,22 +57,29 @@ def explain(policy: Policy, abi: KvmiAbi | None) -> tuple[list[Decision], list[D
     """
     commands = [command.name for one in REVISIONS for command in one.commands]
     events = [event.name for one in REVISIONS for event in one.events]
-    in_kernel = (
-        (None, None)
-        if abi is None
-        else (frozenset(abi.commands_by_name), frozenset(abi.events_by_name))
-    )
+    in_kernel = _in_kernel(abi)
     return (
-        _decisions(commands, policy.commands, in_kernel[0]),
-        _decisions(events, policy.events, in_kernel[1]),
+        _decisions(commands, policy.commands, in_kernel),
+        _decisions(events, policy.events, in_kernel),
     )
+
+
+def _in_kernel(abi: KvmiAbi | None) -> Mapping[str, bool | None]:
+    if abi is None:
+        return {}
+    known = {*abi.commands_by_name, *abi.events_by_name}
+    possible = {
+        name for one in candidates(abi) for name in (*one.commands_by_name, *one.events_by_name)
+    }
+    answers = {name: None if name in possible else False for name in ALL_COMMANDS | ALL_EVENTS}
+    return {**answers, **dict.fromkeys(known, True)}
 
 
 _UNSAID: Final = Reason(rule="no rule is known")
 
 
 def _decisions(
-    names: Iterable[str], rights: Rights, known: frozenset[str] | None
+    names: Iterable[str], rights: Rights, in_kernel: Mapping[str, bool | None]
 ) -> list[Decision]:
     found = []
     for name in dict.fromkeys(names):
@@ -76,7 +90,7 @@ def _decisions(
                 verdict=ALWAYS if name in ALWAYS_ALLOWED else verdict,
                 optional=name in rights.optional,
                 reason=rights.why.get(name, _UNSAID),
-                in_kernel=None if known is None else name in known,
+                in_kernel=in_kernel.get(name),
             )
         )
     return found

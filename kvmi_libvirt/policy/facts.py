@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _NOVA: Final = tuple(f"http://openstack.org/xmlns/libvirt/nova/{v}" for v in ("1.1", "1.0"))
 MAX_EXTRA_SPECS: Final = 1000
+MAX_NAME_LEN: Final = 1024
+"""Characters of what patterns are held against: libvirt and nova allow 255 at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,38 @@ class NovaFacts:
     project: str = ""
 
 
-def nova_facts(domain: etree._Element) -> NovaFacts | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who a virtual machine is: all that an assignment of the host can select it by.
+
+    Parameters
+        name  "" when it has none
+        uuid  in any spelling, "" when it has none
+        nova  what OpenStack says of it, None for a machine of anybody else
+        vmid  of a Proxmox VE machine, None for any other
+    """
+
+    name: str = ""
+    uuid: str = ""
+    nova: NovaFacts | None = None
+    vmid: int | None = None
+
+
+def name(domain: etree._Element, source: str) -> str:
+    """Return the domain's name, "" when it has none."""
+    element = domain.find("name")
+    return "" if element is None else _bounded(element, text_of(element), source)
+
+
+def _bounded(element: etree._Element, text: str, source: str) -> str:
+    if len(text) > MAX_NAME_LEN:
+        tag = shortened(split(element)[1])
+        message = f"the name in <{tag}> has {len(text)} characters; {MAX_NAME_LEN} is the most"
+        raise PolicyValueError(message, source=source, line=line_of(element))
+    return text
+
+
+def nova_facts(domain: etree._Element, source: str) -> NovaFacts | None:
     """Return what nova wrote into *domain*'s first metadata, or None if it did not."""
     metadata = domain.find("metadata")
     if metadata is None:
@@ -51,11 +84,11 @@ def nova_facts(domain: etree._Element) -> NovaFacts | None:
     for namespace in _NOVA:
         instance = metadata.find(f"{{{namespace}}}instance")
         if instance is not None:
-            return _nova(instance, f"{{{namespace}}}")
+            return _nova(instance, f"{{{namespace}}}", source)
     return None
 
 
-def _nova(instance: etree._Element, prefix: str) -> NovaFacts:
+def _nova(instance: etree._Element, prefix: str, source: str) -> NovaFacts:
     flavor = instance.find(f"{prefix}flavor")
     project = instance.find(f"{prefix}owner/{prefix}project")
     specs: dict[str, str] = {}
@@ -63,7 +96,7 @@ def _nova(instance: etree._Element, prefix: str) -> NovaFacts:
         for spec in flavor.findall(f"{prefix}extraSpecs/{prefix}extraSpec")[:MAX_EXTRA_SPECS]:
             specs.setdefault(spec.get("name", ""), text_of(spec))
     return NovaFacts(
-        flavor="" if flavor is None else flavor.get("name", ""),
+        flavor="" if flavor is None else _bounded(flavor, flavor.get("name", ""), source),
         flavor_id=None if flavor is None else flavor.get("id"),
         extra_specs=MappingProxyType(specs),
         project="" if project is None else plain_id(project.get("uuid", "")),
@@ -135,3 +168,11 @@ def machine(domain: etree._Element) -> str:
     """Return the machine type, "" when the document does not say."""
     element = domain.find("os/type")
     return "" if element is None else element.get("machine", "")
+
+
+def emulator(domain: etree._Element) -> str:
+    """Return the program that runs a domain as KVM's guest; "" for any other, or unknown."""
+    if domain.get("type") != "kvm":
+        return ""
+    element = domain.find("devices/emulator")
+    return "" if element is None else text_of(element).strip()

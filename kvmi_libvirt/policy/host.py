@@ -26,7 +26,7 @@ from kvmi_libvirt.policy.limits import (
 from kvmi_libvirt.policy.model import NAMESPACE
 from kvmi_libvirt.policy.profile import Profiles
 from kvmi_libvirt.policy.reading import base_of, child, read_content, weighed
-from kvmi_libvirt.policy.resolve import refusals
+from kvmi_libvirt.policy.resolve import cuts, refusals
 from kvmi_libvirt.policy.shape import shape_findings, split, tag_of
 from kvmi_libvirt.policy.trusted import ROOT, read_trusted
 from kvmi_libvirt.quoting import quoted
@@ -209,4 +209,5 @@ def _own_excess(host: HostPolicy) -> list[Finding]:
             Finding(message=finding.message, line=finding.line, error=PolicyValueError)
             for finding in refusals(assignment.policy, host)
         ]
+        found += cuts(assignment.policy, host)
     return found

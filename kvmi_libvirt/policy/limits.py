@@ -19,10 +19,11 @@ from kvmi_libvirt.quoting import quoted
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.facts import Identity
     from kvmi_libvirt.policy.model import Policy, Rights, Source, TcpSource
 
 SOCKET_DIRECTORY: Final = "/run/kvmi"
+_DEFAULT_PATH: Final = "/etc/kvmi-libvirt/host-policy.xml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,17 +75,17 @@ class Match:
     nova_project: str | None = None
     proxmox_vmid: int | None = None
 
-    def fits(self, domain: Domain) -> bool:
-        """Say whether *domain* is what every selector says; False without any selector."""
-        answers = list(self._answers(domain))
+    def fits(self, who: Identity) -> bool:
+        """Say whether *who* is what every selector says; False without any selector."""
+        answers = list(self._answers(who))
         return bool(answers) and all(answers)
 
-    def _answers(self, domain: Domain) -> Iterator[bool]:
-        nova = domain.nova
+    def _answers(self, who: Identity) -> Iterator[bool]:
+        nova = who.nova
         if self.uuid is not None:
-            yield plain_id(self.uuid) == plain_id(domain.uuid)
+            yield plain_id(self.uuid) == plain_id(who.uuid)
         if self.name is not None:
-            yield matches(self.name, domain.name)
+            yield matches(self.name, who.name)
         if self.nova_flavor is not None:
             yield nova is not None and matches(self.nova_flavor, nova.flavor)
         if self.nova_flavor_id is not None:
@@ -95,19 +96,19 @@ class Match:
         if self.nova_project is not None:
             yield nova is not None and nova.project == self.nova_project
         if self.proxmox_vmid is not None:
-            yield domain.vmid == self.proxmox_vmid
+            yield who.vmid == self.proxmox_vmid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """Introspection for every domain that one of *matches* fits."""
+    """Introspection for every virtual machine that one of *matches* fits."""
 
     matches: tuple[Match, ...]
     policy: Policy
 
-    def fits(self, domain: Domain) -> bool:
-        """Say whether it is for *domain*."""
-        return any(match.fits(domain) for match in self.matches)
+    def fits(self, who: Identity) -> bool:
+        """Say whether it is for *who*."""
+        return any(match.fits(who) for match in self.matches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +131,9 @@ class HostPolicy:
     kernel_abi: str | None = None
     path: str | None = None
 
-    def assignment(self, domain: Domain) -> Assignment | None:
-        """Return the first assignment that fits *domain*, or None."""
-        return next((found for found in self.assignments if found.fits(domain)), None)
+    def assignment(self, who: Identity) -> Assignment | None:
+        """Return the first assignment that fits *who*, or None."""
+        return next((found for found in self.assignments if found.fits(who)), None)
 
     def refusal(self, source: Source) -> str | None:
         """Return why *source* is not allowed here and what to write, or None when it is."""
@@ -147,7 +148,8 @@ class HostPolicy:
             return None
         told = f"path={quoted(source.path)} is not allowed on this host"
         if not self.unix:
-            return f"{told}, no unix socket is; {self._elsewhere()}"
+            place = f"<unix path={quoted(source.path)}/>"
+            return f"{told}, no unix socket is; {self._elsewhere(place)}"
         first = self.unix[0]
         if first.endswith("/**") and "*" not in first[:-2]:
             instead = f"{first[:-2]}{posixpath.basename(source.path)}"
@@ -161,7 +163,7 @@ class HostPolicy:
             if place.cid in (None, source.cid) and place.port in (None, source.port):
                 return None
         what = f'cid="{source.cid}" port="{source.port}"'
-        return f"{what} is not allowed on this host; {self._elsewhere()}"
+        return f"{what} is not allowed on this host; {self._elsewhere(f'<vsock {what}/>')}"
 
     def _tcp_refusal(self, source: TcpSource) -> str | None:
         host = _plain_host(source.host)
@@ -169,10 +171,10 @@ class HostPolicy:
             if _plain_host(place.host) == host and place.port in (None, source.port):
                 return None
         what = f'host={quoted(source.host)} port="{source.port}"'
-        return f"{what} is not allowed on this host; {self._elsewhere()}"
+        return f"{what} is not allowed on this host; {self._elsewhere(f'<tcp {what}/>')}"
 
-    def _elsewhere(self) -> str:
-        return f"see <sockets> in {self.path or '/etc/kvmi-libvirt/host-policy.xml'}"
+    def _elsewhere(self, place: str) -> str:
+        return f"it takes {place} in <sockets> of {self.path or _DEFAULT_PATH}"
 
 
 def _place(pattern: str) -> str:

@@ -26,7 +26,7 @@ from kvmi_libvirt.policy.findings import Finding, Severity, in_order
 from kvmi_libvirt.policy.host import read_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE, NAMESPACE_STEM, Policy
 from kvmi_libvirt.policy.profile import read_profile
-from kvmi_libvirt.policy.resolve import refusals
+from kvmi_libvirt.policy.resolve import cuts, refusals
 from kvmi_libvirt.policy.shape import MAX_FINDINGS, split, tag_of
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ def lint(
         findings += found
     if policy is not None:
         findings += refusals(policy, host)
+        findings += cuts(policy, host)
         findings += _pointless(policy)
-    if domain is not None and policy is not None and not findings:
+    if domain is not None and not findings and (policy is not None or host.assignments):
         findings += _domain_findings(xml, source)
     if any(finding.severity is Severity.ERROR for finding in findings):
         policy = None

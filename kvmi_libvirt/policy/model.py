@@ -218,12 +218,14 @@ class Rights:
                     them, they need no right
         optional    those of *allowed* that a kernel may lack
         everything  nothing is denied at all, not even what has no name here
+        cut         names that were asked for, and that the host's ceiling took away
         why         for each name, allowed or not, what decided; may be empty
     """
 
     allowed: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     everything: bool = False
+    cut: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     why: Mapping[str, Reason] = field(
         default_factory=lambda: MappingProxyType({}), compare=False, repr=False
     )
@@ -250,6 +252,7 @@ class Policy:
         unhook_timeout_s     seconds a tool gets to undo its changes before the hook ends
         reconnect_s          seconds between attempts to reach a tool that went away;
                              None: it is not called again
+        early                in force before the guest's first instruction
         secret               name of the secret the tool must know, None for none
         profile              its name, if one was the base; its rules are in the rights
         kernel_abi           the revision the host says its kernel has, None: find out
@@ -262,6 +265,7 @@ class Policy:
     handshake_timeout_s: float = DEFAULT_HANDSHAKE_TIMEOUT_S
     unhook_timeout_s: float = DEFAULT_UNHOOK_TIMEOUT_S
     reconnect_s: float | None = None
+    early: bool = False
     secret: str | None = None
     commands: Rights = Rights()
     events: Rights = Rights()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt.errors import PolicyRefused, PolicyValueError
 from kvmi_libvirt.policy import rules
-from kvmi_libvirt.policy.document import MAX_BYTES, parse
+from kvmi_libvirt.policy.document import MAX_BYTES, line_of, parse
 from kvmi_libvirt.policy.findings import Finding, raise_first
 from kvmi_libvirt.policy.model import NAMESPACE, SECRET_PATTERN
 from kvmi_libvirt.policy.reading import Profile, rule_set, weighed
@@ -105,14 +105,14 @@ def read_profile(
     """Return the profile of a document's *root*, and everything found in it."""
     if split(root) != (NAMESPACE, "profile"):
         text = f'root element is {tag_of(root)}; expected <profile xmlns="{NAMESPACE}" name="...">'
-        return None, [Finding(message=text)]
+        return None, [Finding(message=text, line=line_of(root))]
     findings = shape_findings(root)
     if findings:
         return None, findings
     called = str(root.attrib["name"])
     if name is not None and called != name:
         text = f"name={quoted(called)} is not the file's name; write name={quoted(name)}"
-        findings.append(Finding(message=text, error=PolicyValueError))
+        findings.append(Finding(message=text, line=line_of(root), error=PolicyValueError))
     for vocabulary in (rules.COMMANDS, rules.EVENTS):
         weighed(root, vocabulary, None, findings, source=source)
     profile = Profile(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt.errors import PolicyError
+from kvmi_libvirt.errors import PolicyError, PolicyValueError
 from kvmi_libvirt.policy import rules
 from kvmi_libvirt.policy.document import line_of
 from kvmi_libvirt.policy.findings import Finding, Severity
@@ -30,7 +30,7 @@ from kvmi_libvirt.policy.model import (
 from kvmi_libvirt.policy.shape import split
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from lxml import etree
 
@@ -106,6 +106,7 @@ def weighed(
     either stands.
     """
     kind = f"{vocabulary.noun}s"
+    findings += _demanded_groups(element, kind)
     own = rule_set(element, kind, source=source)
     below = None
     if base is not None:
@@ -126,6 +127,17 @@ def weighed(
     )
     findings += found_here
     return rights
+
+
+def _demanded_groups(element: etree._Element, kind: str) -> Iterator[Finding]:
+    parent = child(element, kind)
+    for rule in () if parent is None else parent:
+        if rule.get("group") is not None and rule.get("optional") == "no":
+            text = (
+                "what a kernel lacks of a group is left out; to demand a right write it with "
+                'name=, else remove optional="no"'
+            )
+            yield Finding(message=text, line=line_of(rule), error=PolicyValueError)
 
 
 def _default_reason(rule: str, found: RuleSet) -> Reason:
@@ -160,6 +172,7 @@ def read_content(
             DEFAULT_UNHOOK_TIMEOUT_S if unhook is None else float(unhook.attrib["timeout"])
         ),
         reconnect_s=_reconnect_s(element),
+        early=element.get("early") == "yes",
         secret=None if secret is None else str(secret.attrib["name"]),
         commands=commands,
         events=events,

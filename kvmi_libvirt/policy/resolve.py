@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from kvmi_libvirt.errors import PolicyRefused
 from kvmi_libvirt.policy.element import parse_domain
-from kvmi_libvirt.policy.findings import Finding
+from kvmi_libvirt.policy.findings import Finding, Severity
 from kvmi_libvirt.policy.model import Reason, Rights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.facts import Identity
     from kvmi_libvirt.policy.limits import Ceiling, HostPolicy
     from kvmi_libvirt.policy.model import Policy
 
@@ -40,17 +43,31 @@ def decide(xml: bytes, host: HostPolicy, *, source: str) -> tuple[Domain, Policy
     return domain, resolve(domain, host)
 
 
+def decide_for(who: Identity, host: HostPolicy) -> Policy | None:
+    """Return the policy *host* assigns to *who*, or None for no introspection.
+
+    For a machine that has no domain XML, such as one of Proxmox VE, known by its VMID,
+    its name or its UUID: without an element of its own it gets what the host assigns,
+    and nothing else. Not for a libvirt domain, whose element may count: use decide().
+
+    Raises
+        PolicyRefused  the host assigns what it does not allow itself.
+    """
+    assigned = host.assignment(who)
+    if assigned is None:
+        return None
+    return permit(assigned.policy, host, source=host.path or "host policy")
+
+
 def resolve(domain: Domain, host: HostPolicy) -> Policy | None:
     """Return the policy *domain* gets on *host*, or None for no introspection.
 
     Raises
         PolicyRefused  the domain asks for something the host does not allow.
     """
-    assigned = host.assignment(domain)
-    if assigned is not None:
-        return permit(assigned.policy, host, source=host.path or "host policy")
-    if domain.policy is None:
-        return None
+    assigned = decide_for(domain, host)
+    if assigned is not None or domain.policy is None:
+        return assigned
     source = domain.origin or f"domain XML of {domain.name}"
     return permit(domain.policy, host, source=source)
 
@@ -79,13 +96,26 @@ def refusals(policy: Policy, host: HostPolicy) -> list[Finding]:
     reason = host.refusal(policy.source)
     if reason is not None:
         found.append(Finding(message=reason, line=policy.source.line, error=PolicyRefused))
-    ceiling = host.ceiling
-    if ceiling is not None and not ceiling.trim:
-        for noun, asked, limit in _kinds(policy, ceiling):
-            excess = asked.allowed - limit.allowed
-            if excess or (asked.everything and not limit.everything):
-                found.append(_excess_finding(noun, asked, excess, policy, host))
+    if host.ceiling is not None and not host.ceiling.trim:
+        found += _excesses(policy, host, "ask for less", Severity.ERROR)
     return found
+
+
+def cuts(policy: Policy, host: HostPolicy) -> list[Finding]:
+    """Return a warning for each kind of right that *host* cuts from *policy*."""
+    if host.ceiling is None or not host.ceiling.trim:
+        return []
+    return list(_excesses(policy, host, "not granted here", Severity.WARNING))
+
+
+def _excesses(policy: Policy, host: HostPolicy, then: str, severity: Severity) -> Iterator[Finding]:
+    assert host.ceiling is not None
+    for noun, asked, limit in _kinds(policy, host.ceiling):
+        excess = asked.allowed - limit.allowed
+        if excess or (asked.everything and not limit.everything):
+            text, line = _excess(noun, asked, excess, policy, host)
+            message = f"{text}; {then}"
+            yield Finding(message=message, line=line, severity=severity, error=PolicyRefused)
 
 
 def _kinds(policy: Policy, ceiling: Ceiling) -> tuple[tuple[str, Rights, Rights], ...]:
@@ -98,19 +128,19 @@ def _kinds(policy: Policy, ceiling: Ceiling) -> tuple[tuple[str, Rights, Rights]
 _SHOWN = 4
 
 
-def _excess_finding(
+def _excess(
     noun: str, asked: Rights, excess: frozenset[str], policy: Policy, host: HostPolicy
-) -> Finding:
+) -> tuple[str, int | None]:
     names = sorted(excess)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     listed = ", ".join(names[:_SHOWN]) + more if names else f"{noun}s without a name"
     line = None if host.ceiling is None else host.ceiling.line
     place = Reason(rule="", source=host.path, line=line).place()
     is_or_are = "is" if len(names) == 1 else "are"
-    text = f"{listed} {is_or_are} above this host's ceiling ({place}); ask for less"
     rules = (asked.why.get(name) for name in names)
     lines = [rule.line for rule in rules if rule and rule.line and rule.source == policy.origin]
-    return Finding(message=text, line=min(lines, default=policy.line), error=PolicyRefused)
+    text = f"{listed} {is_or_are} above this host's ceiling ({place})"
+    return text, min(lines, default=policy.line)
 
 
 def trim(policy: Policy, ceiling: Ceiling, *, place: str | None = None) -> Policy:
@@ -139,5 +169,6 @@ def trim_rights(asked: Rights, limit: Rights, ceiling: Ceiling, *, place: str | 
         allowed=asked.allowed & limit.allowed,
         optional=asked.optional & limit.allowed,
         everything=asked.everything and limit.everything,
+        cut=asked.cut | cut,
         why=MappingProxyType(why),
     )

@@ -21,7 +21,7 @@ from kvmi_libvirt.policy.model import Reason, Rights
 from kvmi_libvirt.quoting import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 _PREFIX: Final = "KVMI_"
 
@@ -123,17 +123,51 @@ def unknown_name(name: str, vocabulary: Vocabulary, *, suggest: bool = True) -> 
     if full in vocabulary.respelt:
         ours, revision = vocabulary.respelt[full]
         return f"{full} is what {revision} calls {ours}; write that name"
-    close = _closest(full, vocabulary.names) if suggest else None
-    if close is not None:
-        return f"unknown {noun} {quoted(name)}; did you mean {close}?"
+    if name.lower() in GROUPS:
+        return f'{quoted(name)} is a group; write group="{name.lower()}" in place of name='
+    if suggest:
+        close, likeness = _closest(full, vocabulary)
+        elsewhere, likeness_elsewhere = _closest(full, other)
+        if likeness_elsewhere > likeness:
+            move = f"write it in <{other.noun}s>"
+            return (
+                f"unknown {noun} {quoted(name)}; did you mean the {other.noun} {elsewhere}? {move}"
+            )
+        if likeness:
+            return f"unknown {noun} {quoted(name)}; did you mean {close}?"
     return f"unknown {noun} {quoted(name)}; 'kvmi-libvirt names' lists every {noun}"
 
 
-def _closest(full: str, names: frozenset[str]) -> str | None:
+def unknown_right(name: str) -> str:
+    """Return why *name*, given without saying of which kind, is nothing, and what to write."""
+    full = _full(name)
+    for vocabulary in (COMMANDS, EVENTS):
+        if full in vocabulary.respelt:
+            return unknown_name(name, vocabulary)
+    for group in difflib.get_close_matches(name.lower(), GROUPS, n=1, cutoff=_ALIKE_GROUP):
+        return f"unknown command, event or group {quoted(name)}; did you mean {group}?"
+    close, likeness = max((_closest(full, v) for v in (COMMANDS, EVENTS)), key=lambda c: c[1])
+    instead = f"did you mean {close}?" if likeness else "'kvmi-libvirt names' lists them all"
+    return f"unknown command, event or group {quoted(name)}; {instead}"
+
+
+_ALIKE: Final = 0.6
+_ALIKE_GROUP: Final = 0.8
+"""Names of groups are short, and few: others look like them by chance."""
+
+
+def _closest(full: str, vocabulary: Vocabulary) -> tuple[str, float]:
+    # The name most like this one, and how much: 0 for not at all, 1 for part of its words.
+    bare = full[len(_PREFIX) :]
+    names = sorted(vocabulary.names)
+    within = [name for name in names if f"_{bare}_" in f"{name}_"]
+    if len(within) == 1:
+        return within[0], 1.0
     # Without the prefix, which would make every name look alike.
-    bare = sorted(name[len(_PREFIX) :] for name in names)
-    close = difflib.get_close_matches(full[len(_PREFIX) :], bare, n=1)
-    return _PREFIX + close[0] if close else None
+    ends = [name[len(_PREFIX) :] for name in names]
+    for close in difflib.get_close_matches(bare, ends, n=1, cutoff=_ALIKE):
+        return _PREFIX + close, difflib.SequenceMatcher(None, close, bare).ratio()
+    return "", 0.0
 
 
 def unknown_group(group: str, *, suggest: bool = True) -> str:
@@ -215,6 +249,7 @@ def weigh(
         elif atom.name in vocabulary.always_allowed:
             findings.append((rule, _about_always_allowed(rule, atom.name)))
     findings += _contradictions(named, grouped)
+    findings += _group_contradictions(seen_groups)
     rights = _rights(named, grouped, vocabulary, default_allow, default_reason)
     return rights, [finding for rule, finding in findings if not rule.is_base]
 
@@ -281,6 +316,18 @@ def _contradictions(
             text = f"{name} is optional here but not{_line(plain)}; it is demanded, remove one"
             found.append((rule, _warning(rule, text)))
     return found
+
+
+def _group_contradictions(
+    groups: Mapping[tuple[Action, str], Rule],
+) -> Iterator[tuple[Rule, Finding]]:
+    for (action, group), rule in groups.items():
+        deny = groups.get((Action.DENY, group))
+        # Taking away from a profile is what a deny is for; the profile's own allow says nothing.
+        if action is Action.ALLOW and deny is not None and not rule.is_base:
+            where = " by the profile" if deny.is_base else _line(deny)
+            text = f"group {group} is allowed here and denied{where}; deny wins, remove one of them"
+            yield rule, _warning(rule, text)
 
 
 def _about_always_allowed(rule: Rule, name: str) -> Finding:

@@ -4,26 +4,31 @@
 The schemas in ``xml-schemas/`` alone accept or refuse. Their own messages speak
 of patterns and sequences, so a refused element is looked at again with the tables
 of ``shapes.py``; a test holds the two against each other.
-Imports datafiles, errors, lxml.
+Imports abi, datafiles, errors, lxml.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
+import re
 from typing import TYPE_CHECKING, Final
 
 from lxml import etree
 
+from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS
 from kvmi_libvirt.datafiles import data_file
+from kvmi_libvirt.errors import KvmiLibvirtError
 from kvmi_libvirt.policy.document import line_of, prefix_of, split_name, tail_of, text_of
 from kvmi_libvirt.policy.findings import Finding
+from kvmi_libvirt.policy.groups import GROUPS
 from kvmi_libvirt.policy.model import NAMESPACE
 from kvmi_libvirt.policy.shapes import ALL_SHAPES, Attribute, Occurs, Shape
 from kvmi_libvirt.quoting import quoted, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 SCHEMA: Final = "xml-schemas/introspection.rng"
 HOST_SCHEMA: Final = "xml-schemas/host-policy.rng"
@@ -32,6 +37,9 @@ MAX_ELEMENTS: Final = 20_000
 
 MAX_FINDINGS: Final = 1000
 """An element with more mistakes than this is not an attempt at a policy."""
+
+_ALIKE: Final = 0.7
+"""How much alike a name must be to be suggested, from 0 to 1."""
 
 _XML_SPACE: Final = " \t\r\n"
 _XML_NAMESPACE: Final = "http://www.w3.org/XML/1998/namespace"
@@ -54,6 +62,19 @@ def shape_findings(element: etree._Element) -> list[Finding]:
     if found:
         return found
     return [_finding(element, f"{tag_of(element)} does not fit {name}")]
+
+
+def load_schemas() -> None:
+    """Load both schemas, as the first use of each does.
+
+    Raises
+        KvmiLibvirtError  one is not installed, or cannot be used.
+    """
+    for name in (SCHEMA, HOST_SCHEMA):
+        try:
+            _schema(name)
+        except (OSError, etree.LxmlError) as error:
+            raise KvmiLibvirtError(f"{data_file(name)} cannot be used: {error}") from error
 
 
 @functools.cache
@@ -116,10 +137,26 @@ def _attribute_findings(element: etree._Element, shape: Shape) -> Iterator[Findi
             yield _finding(element, _unknown_attribute(element, name, attributes))
         elif not known.pattern.fullmatch(value):
             strangers = True
-            text = f"{name}={quoted(value)} on {tag} is not possible; write {known.write}"
+            write = known.write
+            if name in ("name", "group"):
+                write = _instead(element, value) or write
+            text = f"{name}={_shown(element, value)} on {tag} is not possible; write {write}"
             yield _finding(element, text)
     if not strangers:
         yield from _lacking_attributes(element, shape, attributes)
+
+
+def _instead(element: etree._Element, value: str) -> str | None:
+    # What was meant where a rule names a group as a command, or the other way round, or
+    # spells either with other separators.
+    if split(element)[1] not in ("allow", "deny"):
+        return None
+    as_group = re.sub(r"[_ ]", "-", value).lower()
+    if as_group in GROUPS:
+        return f'group="{as_group}"'
+    as_name = re.sub(r"[- ]", "_", value).upper()
+    is_known = {as_name, f"KVMI_{as_name}"} & (ALL_COMMANDS | ALL_EVENTS)
+    return f'name="{as_name}"' if is_known else None
 
 
 def _lacking_attributes(
@@ -152,18 +189,28 @@ def _unknown_attribute(
     elif namespace is not None:
         prefixes = (p for p, uri in element.nsmap.items() if p and uri == namespace)
         name = f"{next(prefixes, '')}:{name}"
-    allowed = ", ".join(attributes) or "none"
-    return f"unknown attribute {quoted(name)} on {tag_of(element)}; allowed: {allowed}"
+    return f"unknown attribute {quoted(name)} on {tag_of(element)}; {_instead_of(name, attributes)}"
+
+
+def _instead_of(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=_ALIKE)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"allowed: {', '.join(known) or 'none'}"
 
 
 def _text_findings(element: etree._Element) -> Iterator[Finding]:
     for text in (text_of(element), *map(tail_of, element)):
         if stripped := text.strip(_XML_SPACE):
-            # Somebody may have written the secret itself there: it must not be repeated.
-            shown = "(not shown)" if split(element)[1] == "secret" else quoted(stripped)
-            yield _finding(
-                element, f"text {shown} in {tag_of(element)}; only elements belong there"
+            text = (
+                f"text {_shown(element, stripped)} in {tag_of(element)}; only elements belong there"
             )
+            yield _finding(element, text)
+
+
+def _shown(element: etree._Element, text: str) -> str:
+    # Somebody may have written the secret itself there: it must not be repeated.
+    return "(not shown)" if split(element)[1] == "secret" else quoted(text)
 
 
 def _child_findings(element: etree._Element, shape: Shape) -> Iterator[Finding]:
@@ -198,8 +245,28 @@ def _unknown_child(element: etree._Element, child: etree._Element, shape: Shape)
         return f"{tag_of(child)} in {parent} has no namespace; {write}"
     if namespace != NAMESPACE:
         return f"{tag_of(child)} in {parent} is of namespace {quoted(namespace)}; remove it"
-    allowed = ", ".join(shape.children) or "no element at all"
-    return f"unknown element {tag_of(child)} in {parent}; allowed: {allowed}"
+    homes = " or ".join(ours(element, home) for home in _homes(element, name))
+    if homes and name not in shape.children:
+        return f"{tag_of(child)} does not belong in {parent}; move it to {homes}"
+    if not shape.children:
+        return f"unknown element {tag_of(child)} in {parent}; no element belongs there, remove it"
+    instead = _instead_of(name, shape.children)
+    return f"unknown element {tag_of(child)} in {parent}; {instead}"
+
+
+def _homes(element: etree._Element, name: str) -> list[str]:
+    # The elements in which *name* may stand, in a document such as this.
+    above = (split(one) for one in (element, *element.iterancestors()))
+    *_, top = (tag for namespace, tag in above if namespace == NAMESPACE)
+    return [home for home in _all_below(top) if name in ALL_SHAPES[home].children]
+
+
+@functools.cache
+def _all_below(top: str) -> tuple[str, ...]:
+    found = [top] if top in ALL_SHAPES else []
+    for name in found:
+        found += [child for child in ALL_SHAPES[name].children if child not in found]
+    return tuple(found)
 
 
 def _example(element: etree._Element, name: str) -> str:

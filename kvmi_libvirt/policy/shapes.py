@@ -107,6 +107,7 @@ def _required(attribute: Attribute) -> Attribute:
 
 
 _MODE: Final = _one_of("mode", "required", "optional")
+_EARLY: Final = _one_of("early", "yes", "no")
 _DEFAULT: Final = _one_of("default", "allow", "deny")
 _NAME: Final = _matching(
     r"[A-Za-z0-9_]{1,64}", "name= with one of the names that 'kvmi-libvirt names' lists"
@@ -150,7 +151,7 @@ _BOTH_RULES: Final = MappingProxyType(
 
 SHAPES: Final[Mapping[str, Shape]] = MappingProxyType(
     {
-        "introspection": _shape({"mode": _MODE, "profile": _PROFILE}, _INNER),
+        "introspection": _shape({"mode": _MODE, "profile": _PROFILE, "early": _EARLY}, _INNER),
         "source": Shape(
             attributes=MappingProxyType(
                 {"type": _one_of("type", "unix", "vsock", "tcp", is_required=True)}
@@ -245,7 +246,8 @@ HOST_SHAPES: Final[Mapping[str, Shape]] = MappingProxyType(
             {"excess": _one_of("excess", "refuse", "trim"), "profile": _PROFILE}, _BOTH_RULES
         ),
         "assign": _shape(
-            {"mode": _MODE, "profile": _PROFILE}, {"match": Occurs.AT_LEAST_ONCE, **_INNER}
+            {"mode": _MODE, "profile": _PROFILE, "early": _EARLY},
+            {"match": Occurs.AT_LEAST_ONCE, **_INNER},
         ),
         "match": _shape(_SELECTORS, any_of=tuple(_SELECTORS), example=' name="NAME"'),
         "profile": _shape(

@@ -24,8 +24,8 @@ def read_trusted(
 ) -> bytes | None:
     """Return the content of *path*, or None when there is no such file.
 
-    The file, and the directory it lies in, must belong to *owner* and be writable by
-    nobody else. What is checked is what is read: the open file. Symbolic links, pipes
+    The file, and the directory it lies in or would lie in, must belong to *owner* and be
+    writable by nobody else. What is checked is what is read: the open file. Symbolic links, pipes
     and devices are refused, and never waited for.
 
     Parameters
@@ -38,6 +38,7 @@ def read_trusted(
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
+        _check_directory(path, owner=owner)
         return None
     except OSError as error:
         what = error.strerror
@@ -46,10 +47,7 @@ def read_trusted(
         raise _refused(path, f"cannot be read ({what}); nothing is allowed without it") from error
     try:
         _check(os.fstat(fd), path, owner=owner, is_private=is_private)
-        directory = os.stat(path.parent)
-        problem = _problem(directory, owner=owner, forbidden=0o022)
-        if problem is not None:
-            raise _refused(path, f"its directory {problem}")
+        _check_directory(path, owner=owner)
         with open(fd, "rb", closefd=False) as file:
             return file.read(limit + 1)
     except PolicyRefused:
@@ -58,6 +56,19 @@ def read_trusted(
         raise _refused(path, f"cannot be read ({error.strerror})") from error
     finally:
         os.close(fd)
+
+
+def _check_directory(path: Path, *, owner: int) -> None:
+    # Also where the file is not there: who can write the directory can have taken it away.
+    try:
+        found = os.stat(path.parent)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _refused(path, f"its directory cannot be seen ({error.strerror})") from error
+    problem = _problem(found, owner=owner, forbidden=0o022)
+    if problem is not None:
+        raise _refused(path, f"its directory {problem}")
 
 
 def _check(found: os.stat_result, path: Path, *, owner: int, is_private: bool) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt.abi.ptrace import PF_EXITING, PF_USER_WORKER
+from kvmi_libvirt.abi.x86_64 import NR_IOCTL
 from kvmi_libvirt.errors import (
     TargetAmbiguous,
     TargetChanged,
@@ -40,12 +41,14 @@ _VCPU_LINK: Final = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
 _STANDIN_VM_LINK: Final = "/memfd:kvmi-emulated-kvm-vm (deleted)"
 _STANDIN_VCPU_LINK: Final = re.compile(r"/memfd:kvmi-emulated-kvm-vcpu:(\d+) \(deleted\)")
 
+_VCPU_THREAD: Final = re.compile(r"CPU \d+/KVM")
+
 _ELF_MAGIC: Final = b"\x7fELF"
 _ELFCLASS64: Final = 2
 _EM_X86_64: Final = 62
 _MAX_PROC_FILE_LEN: Final = 16 << 20
 _MAX_PIDFILE_LEN: Final = 32
-_ENDING_MS: Final = 1000
+_ENDING_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +109,13 @@ class Process:
 
     def is_alive(self) -> bool:
         """Say whether the process has not ended yet (a zombie has)."""
+        return not self.has_ended(0)
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Say whether the process ends within *timeout_s*."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return bool(poll.poll(timeout_s * 1000))
 
     def is_ending(self, error: BaseException) -> bool:
         """Say whether *error*, met while serving the process, is only its end.
@@ -117,9 +124,7 @@ class Process:
         before its pidfd tells: that time is waited for, up to a second.
         """
         seems = getattr(error, "errno", None) == errno.ESRCH or self._is_exiting()
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(_ENDING_MS if seems else 0))
+        return self.has_ended(_ENDING_S if seems else 0)
 
     def _is_exiting(self) -> bool:
         try:
@@ -177,16 +182,35 @@ class Process:
 
     def require_uuid(self, uuid: str) -> None:
         """Raise TargetChanged unless the command line carries ``-uuid`` with *uuid*."""
+        self._require_option("-uuid", uuid, f"domain {uuid}")
+
+    def require_vmid(self, vmid: int) -> None:
+        """Raise TargetChanged unless the command line carries Proxmox VE's ``-id`` *vmid*."""
+        self._require_option("-id", str(vmid), f"VM {vmid}")
+
+    def _require_option(self, option: str, value: str, whose: str) -> None:
         arguments = self.command_line()
-        for option, value in itertools.pairwise(arguments):
-            if option == "-uuid" and value.lower() == uuid.lower():
+        if not arguments:  # its memory went first
+            raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid)
+        for name, given in itertools.pairwise(arguments):
+            if name == option and given.lower() == value.lower():
                 return
         self._require_not_exiting()  # it has no command line then
         raise TargetChanged(
-            f"process {self.pid} is not the QEMU of domain {uuid}: "
-            "its command line has no such -uuid",
+            f"process {self.pid} is not the QEMU of {whose}: its command line has no such {option}",
             pid=self.pid,
         )
+
+    def guest_name(self) -> str | None:
+        """Return the name QEMU was given with ``-name``, None when there is none."""
+        for option, value in itertools.pairwise(self.command_line()):
+            if option == "-name":
+                # As QEMU does: a doubled comma is one of the value.
+                fields = value.replace(",,", "\0").split(",")
+                named = [field for field in fields if field.startswith("guest=")]
+                name = named[0].removeprefix("guest=") if named else fields[0]
+                return name.replace("\0", ",")
+        return None
 
     def _open_entry(self, name: str, flags: int = 0) -> int:
         # A new descriptor of /proc/PID/name, which only a tracer's rights can open.
@@ -254,6 +278,47 @@ class Process:
             )
         return VmFds(vm=vms[0], vcpu_count=len(vcpus))
 
+    def running_vcpus(self) -> list[str]:
+        """Return the names of the vCPU threads that are in the guest, or have been asked to be.
+
+        QEMU names them (debug-threads=on, which libvirt sets); a paused one waits for a
+        futex. Nothing is stopped for this.
+        """
+        found = []
+        for tid in self._entries("task"):
+            try:
+                name = self._read_task(tid, "comm").decode("utf-8", "replace").rstrip("\n")
+                if not _VCPU_THREAD.fullmatch(name):
+                    continue
+                words = self._read_task(tid, "syscall").split()
+            except (FileNotFoundError, ProcessLookupError):  # the thread has ended
+                continue
+            except PermissionError as error:
+                raise TargetUnsuitable(
+                    f"not permitted to look into process {self.pid}: run as root", pid=self.pid
+                ) from error
+            is_paused = len(words) > 1 and words[0] != b"running" and int(words[0]) != NR_IOCTL
+            if not is_paused:
+                found.append(name)
+        return found
+
+    def _entries(self, name: str) -> list[str]:
+        directory = self._open_entry(name, os.O_DIRECTORY)
+        try:
+            return os.listdir(directory)
+        except ProcessLookupError as error:
+            raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid) from error
+        finally:
+            os.close(directory)
+
+    def _read_task(self, tid: str, name: str) -> bytes:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        fd = os.open(f"task/{tid}/{name}", flags, dir_fd=self._proc_fd)
+        try:
+            return os.read(fd, 256)
+        finally:
+            os.close(fd)
+
     def require_traceable(self) -> None:
         """Raise unless the main thread can be traced and injected into.
 
@@ -266,7 +331,8 @@ class Process:
             header[4] != _ELFCLASS64 or int.from_bytes(header[18:20], "little") != _EM_X86_64
         ):
             raise TargetUnsuitable(f"process {self.pid} is no 64-bit x86 program", pid=self.pid)
-        if tracer := self.tracer():
+        tracer = self.tracer()
+        if tracer and tracer != os.getpid():  # we may be holding it
             raise TargetUnsuitable(
                 f"process {self.pid} is already traced by process {tracer}; end that first",
                 pid=self.pid,

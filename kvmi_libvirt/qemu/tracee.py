@@ -72,6 +72,11 @@ def start_deadline_timer() -> None:
     signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
 
 
+def stop_deadline_timer() -> None:
+    """End what :func:`start_deadline_timer` began: an idle process must not wake up."""
+    signal.setitimer(signal.ITIMER_REAL, 0, 0)
+
+
 class Tracee:
     """The parked main thread of *process*, from :meth:`attach` to :meth:`release`.
 
@@ -120,7 +125,7 @@ class Tracee:
             self._saved = linux.ptrace_getregs(self._tid)
             self._require_parked(looked)
             self._regs = parked.call_registers(self._saved)
-            self._urgency.move_to(self._process.cpu())
+            self.hurry()
         except BaseException:
             self.release()
             raise
@@ -168,6 +173,15 @@ class Tracee:
         if objection := parked.objection(sight.wait, sight.code):
             raise busy(self._process, objection)
         self._is_parked = True
+
+    def hurry(self) -> None:
+        """Be scheduled at once, and where the thread is, while it waits for us."""
+        self._urgency.begin()
+        self._urgency.move_to(self._process.cpu())
+
+    def rest(self) -> None:
+        """Be scheduled as any process, for a pause between calls."""
+        self._urgency.end()
 
     # -- calling ---------------------------------------------------------------------
 
@@ -369,6 +383,29 @@ class Tracee:
             linux.ptrace_detach(self._tid)
 
 
+_held: dict[int, Tracee] = {}
+
+
+@contextlib.contextmanager
+def hold(process: Process, *, deadline: float) -> Iterator[Tracee]:
+    """Keep the main thread stopped for the whole block, and for every visit in it.
+
+    QEMU's main loop stands still meanwhile: only for moments in which nobody may be
+    served anyhow, as before a guest's first instruction. All visits must come from
+    this thread.
+
+    Parameters
+        deadline  CLOCK_MONOTONIC seconds, for getting hold of it; each visit has its own
+    """
+    with attach_parked(process, deadline=deadline) as tracee:
+        _held[process.pid] = tracee
+        tracee.rest()
+        try:
+            yield tracee
+        finally:
+            del _held[process.pid]
+
+
 @contextlib.contextmanager
 def attach_parked(process: Process, *, deadline: float) -> Iterator[Tracee]:
     """Hold the main thread for the block, retrying while it is busy.
@@ -381,7 +418,16 @@ def attach_parked(process: Process, *, deadline: float) -> Iterator[Tracee]:
                     was touched
         TargetGone  the process ended, whatever was being done; nothing is left to undo
     """
+    held = _held.get(process.pid)
     try:
+        if held is not None:
+            held.extend_deadline(deadline)
+            held.hurry()
+            try:
+                yield held
+            finally:
+                held.rest()
+            return
         tracee = _entered(process, deadline)
         try:
             yield tracee

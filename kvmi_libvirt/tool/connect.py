@@ -127,7 +127,9 @@ def _new_socket(family: int) -> socket.socket:
     try:
         return socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        raise HandshakeError(f"cannot make a socket: {error.strerror}") from error
+        is_vsock = family == socket.AF_VSOCK
+        kind, advice = ("vsock ", " (is the kernel module vsock there?)") if is_vsock else ("", "")
+        raise HandshakeError(f"cannot make a {kind}socket: {error.strerror}{advice}") from error
 
 
 def _connect_tcp(source: TcpSource, *, deadline: float) -> socket.socket:

@@ -56,6 +56,19 @@ def supervisor_of(pid: int) -> int | None:
     return None
 
 
+def wait_for_supervisor(pid: int) -> int:
+    """Return the process id of the supervisor of *pid*, once it shows itself."""
+    found: list[int | None] = []
+
+    def is_there() -> bool:
+        found.append(supervisor_of(pid))
+        return found[-1] is not None
+
+    wait_until(is_there, what=f"the supervisor of {pid}")
+    assert found[-1] is not None
+    return found[-1]
+
+
 def wait_for_end(pidfd: int, *, what: str) -> None:
     """Wait until the process behind *pidfd* has ended."""
     poll = select.poll()
@@ -89,7 +102,7 @@ def asked(tool: socket.socket, message: bytes) -> bytes:
 
 
 class Emulated:
-    """A victim below ``kvmi-libvirt emulate``. Use it with ``with``."""
+    """A victim below ``kvmi-libvirt emulate``, or QEMU's wrapper. Use it with ``with``."""
 
     def __init__(
         self,
@@ -98,6 +111,7 @@ class Emulated:
         *,
         options: Sequence[str] = (),
         user: int | None = None,
+        wrapper: bool = False,
     ) -> None:
         self.abi = abi
         self.vm = -1
@@ -110,17 +124,22 @@ class Emulated:
         self._second.settimeout(TIMEOUT_S)
         with theirs, second:
             fds = [theirs.fileno(), second.fileno()]
-            command += ["--", sys.executable, str(VICTIM), *map(str, fds)]
+            victim = [str(VICTIM), *map(str, fds)]
+            command = [*command, "--", sys.executable, *victim]
+            environment = None
+            if wrapper:
+                assert not options
+                name = f"{WRAPPER.name}-{abi.name}".removesuffix("-v12")
+                command = [str(WRAPPER.with_name(name)), *victim]
+                environment = {**os.environ, "KVMI_QEMU": sys.executable, "PERL5OPT": "-w"}
             self.process = subprocess.Popen(
-                command, pass_fds=fds, user=user, stderr=subprocess.PIPE
+                command, pass_fds=fds, user=user, stderr=subprocess.PIPE, env=environment
             )
         self.pid = self.process.pid
         try:
             self.do("status")  # it runs: so does its supervisor
-            supervisor = supervisor_of(self.pid)
-            assert supervisor is not None
-            self.supervisor = supervisor
-            self.supervisor_pidfd = os.pidfd_open(supervisor)
+            self.supervisor = wait_for_supervisor(self.pid)
+            self.supervisor_pidfd = os.pidfd_open(self.supervisor)
         except BaseException:
             self.process.kill()
             self.process.communicate()

@@ -6,94 +6,38 @@ On a stand-in VM process below the emulated kernel: everything but the guest is 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import select
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from stand_in import UUID, Tool, running_tool, stand_in
 
 from kvmi_libvirt import introspect
 from kvmi_libvirt.cli.rights import changed, read_names
 from kvmi_libvirt.errors import HandshakeRefused, SessionError, UnsupportedByKernel
 from kvmi_libvirt.introspect import change_vm, hook_vm
-from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.policy.element import Domain
 from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
 from kvmi_libvirt.policy.secret import read_secret
-from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.state import FAILED, StateDir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from kvmi_libvirt.qemu.process import Process
 
 pytestmark = [pytest.mark.ptrace, pytest.mark.seccomp]
 
-UUID = "5a4a2b4e-7c1d-4e0f-9a52-0d6f6f1b0a77"
-MAIN = "import sys; from kvmi_libvirt.cli import main; sys.exit(main())"
 READ, WRITE, PAUSE = "KVMI_VM_READ_PHYSICAL", "KVMI_VM_WRITE_PHYSICAL", "KVMI_VM_PAUSE_VCPU"
 TRAP, UNHOOK = "KVMI_VCPU_EVENT_TRAP", "KVMI_VM_EVENT_UNHOOK"
-PATIENCE_S = 30.0
-
-
-class Tool:
-    """``kvmi-libvirt probe --watch`` with the secret, and what it was told."""
-
-    def __init__(self, directory: Path, secret: bytes) -> None:
-        self.path = directory / "tool.sock"
-        (directory / "known").write_bytes(secret)
-        listen = ["--listen", f"unix:{self.path}", "--secret", str(directory / "known")]
-        self._popen = subprocess.Popen(
-            [sys.executable, "-c", MAIN, "probe", *listen, "--watch", "--json", "--settle", "0.1"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        assert self._popen.stderr is not None
-        assert b"listening" in self._popen.stderr.readline()
-
-    def told(self, *allowed: str) -> None:
-        """Wait until the tool is told that exactly *allowed* is allowed."""
-        assert self._popen.stdout is not None
-        always = {"KVMI_GET_VERSION", "KVMI_VM_CHECK_COMMAND", "KVMI_VM_CHECK_EVENT"}
-        deadline = time.monotonic() + PATIENCE_S
-        found: set[str] = set()
-        while time.monotonic() < deadline:
-            if not select.select([self._popen.stdout], [], [], deadline - time.monotonic())[0]:
-                break
-            result = json.loads(self._popen.stdout.readline())
-            verdicts = {**result["commands"], **result["events"]}
-            found = {name for name, verdict in verdicts.items() if verdict == "allowed"} - always
-            if found == set(allowed):
-                return
-        pytest.fail(f"the tool was last told {sorted(found)}")
-
-    def end(self) -> None:
-        self._popen.terminate()
-        self._popen.communicate()
 
 
 @pytest.fixture
-def process(tmp_path: Path) -> Iterator[Process]:
-    command = [sys.executable, "-c", MAIN, "emulate", "--stand-in", "--"]
-    victim = [sys.executable, "-m", "kvmi_libvirt.emulator.standin", "--uuid", UUID]
-    with subprocess.Popen(
-        [*command, *victim], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as popen:
-        assert popen.stdin is not None
-        assert popen.stdout is not None
-        try:
-            pid = int(popen.stdout.readline().split()[1])
-            with Process(Pid(pid)) as found:
-                yield found
-        finally:
-            popen.stdin.close()
-            popen.wait(PATIENCE_S)
+def process() -> Iterator[Process]:
+    with stand_in() as found:
+        yield found
 
 
 @pytest.fixture
@@ -108,15 +52,6 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(introspect, "read_secret", read)
     return directory
-
-
-@contextlib.contextmanager
-def running_tool(directory: Path, secret: bytes) -> Iterator[Tool]:
-    tool = Tool(directory, secret)
-    try:
-        yield tool
-    finally:
-        tool.end()
 
 
 def policy(tool: Tool, commands: set[str], events: set[str] | None = None) -> Policy:
@@ -177,6 +112,42 @@ def test_change_that_cannot_be_changes_nothing(tmp_path: Path, process: Process)
         other = dataclasses.replace(first, source=UnixSource(path="/run/kvmi/other"))
         with pytest.raises(SessionError, match="names the tool at unix:/run/kvmi/other"):
             change_vm(process, UUID, other, state=state)
+        assert state.load(UUID) == before
+        tool.told(READ)
+
+
+@pytest.mark.usefixtures("secrets")
+def test_secret_that_the_tool_was_not_asked_for_takes_a_new_hook(
+    tmp_path: Path, process: Process
+) -> None:
+    state = StateDir(tmp_path / "state")
+    with running_tool(tmp_path, b"open sesame") as tool:
+        first = policy(tool, {READ})
+        wider = policy(tool, {READ, WRITE})
+        hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
+        with pytest.raises(SessionError, match=r"secret 'db2', but .* was asked for 'db1' when"):
+            change_vm(process, UUID, dataclasses.replace(wider, secret="db2"), state=state)
+        # What it has proven it need not prove again, nor when less is asked of it.
+        now = change_vm(process, UUID, wider, state=state)
+        assert now.commands == (READ, WRITE)
+        now = change_vm(process, UUID, dataclasses.replace(first, secret=None), state=state)
+        assert now.commands == (READ,)
+        now = change_vm(
+            process, UUID, lambda s: changed(s, read_names([PAUSE]), allow=True), state=state
+        )
+        assert now.commands == (PAUSE, READ)
+        tool.told(PAUSE, READ)
+
+
+def test_tool_that_was_asked_for_no_secret_gets_nothing_of_a_policy_with_one(
+    tmp_path: Path, process: Process
+) -> None:
+    state = StateDir(tmp_path / "state")
+    with running_tool(tmp_path) as tool:
+        first = dataclasses.replace(policy(tool, {READ}), secret=None)
+        before = hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
+        with pytest.raises(SessionError, match="was asked for none when it was hooked; unhook it"):
+            change_vm(process, UUID, policy(tool, {WRITE}), state=state)
         assert state.load(UUID) == before
         tool.told(READ)
 

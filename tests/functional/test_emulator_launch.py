@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launcher, QEMU's wrapper and the stand-in, as an operator or libvirt runs them."""
+"""The launcher and the stand-in, as an operator runs them."""
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -19,7 +17,6 @@ from emulator_harness import (
     COMMAND_LINE,
     GET_INFO,
     TIMEOUT_S,
-    WRAPPER,
     Emulated,
     asked,
     feature,
@@ -28,7 +25,6 @@ from emulator_harness import (
 )
 
 from kvmi_libvirt.abi.kvmi import Ioctl
-from kvmi_libvirt.abi.revisions import by_name
 from kvmi_libvirt.abi.v11 import V11
 from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.errors import ExitCode
@@ -42,17 +38,6 @@ NOBODY = 65534
 HANGING_SUPERVISOR = """
 launch.READY_TIMEOUT_S = 0.1
 launch._supervise = lambda *_, **__: launch.signal.sigtimedwait([], 1)
-"""
-PROBE = """
-import ctypes, errno, json, os
-libc = ctypes.CDLL(None, use_errno=True)
-vm = libc.ioctl(os.open("/dev/kvm", os.O_RDWR), 0xAE01, 0)
-feature = ctypes.create_string_buffer(b"\\0\\0\\0\\0\\xfe\\xff\\xff\\xff", 8)
-answers = {}
-for request in (0x4008AECA, 0x4008AEFD):
-    libc.ioctl(vm, ctypes.c_ulong(request), feature)
-    answers[hex(request)] = ctypes.get_errno()
-print(json.dumps(answers))
 """
 STAND_IN = [sys.executable, "-m", "kvmi_libvirt.emulator.standin"]
 
@@ -139,7 +124,11 @@ def test_supervisor_when_it_runs_then_it_is_detached_from_everything() -> None:
         links = {fd.name: os.readlink(fd) for fd in (supervisor / "fd").iterdir()}
 
         assert [links[name] for name in ("0", "1", "2")] == ["/dev/null"] * 3
-        assert sorted(set(links.values()) - {"/dev/null"}) == ["anon_inode:seccomp notify"]
+        assert set(links.values()) - {"/dev/null"} == {
+            "anon_inode:seccomp notify",
+            "anon_inode:[eventfd]",
+            "anon_inode:[eventpoll]",
+        }
         assert os.readlink(supervisor / "cwd") == "/"
         assert os.getsid(victim.supervisor) == victim.supervisor
         assert (supervisor / "comm").read_text(encoding="ascii") == "kvmi-emulator\n"
@@ -239,166 +228,6 @@ def test_launcher_when_the_supervisor_cannot_work_then_exit_4_and_nothing_is_exe
 
     assert (result.returncode, result.stdout) == (ExitCode.UNSUPPORTED, "")
     assert said in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-# -- QEMU's wrapper ------------------------------------------------------------------------
-
-
-def wrapped_qemu(qemu: Path | None = None, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ) if qemu is None else {**os.environ, "KVMI_QEMU": str(qemu)}
-    return subprocess.run(
-        [str(WRAPPER), *arguments],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-
-
-def test_wrapper_when_qemu_is_not_there_then_one_line(tmp_path: Path) -> None:
-    result = wrapped_qemu(tmp_path / "qemu", "-version")
-
-    assert result.returncode == ExitCode.FAILED
-    assert result.stderr == f"kvmi-emulated-qemu: {tmp_path}/qemu: command not found\n"
-
-
-def test_wrapper_when_a_qemu_is_named_then_it_gets_the_arguments_as_they_are() -> None:
-    result = wrapped_qemu(Path("/bin/echo"), "-name", "guest=a b", "--", "-S")
-
-    assert (result.returncode, result.stdout) == (0, "-name guest=a b -- -S\n")
-
-
-@pytest.mark.kvm
-def test_wrapper_when_asked_for_its_version_then_qemus_and_nothing_is_left() -> None:
-    traces = Path("/var/log/kvmi-libvirt")
-    before = set(traces.iterdir()) if traces.is_dir() else set()
-
-    result = wrapped_qemu(None, "-version")
-
-    assert result.returncode == 0
-    assert result.stdout.startswith("QEMU emulator version")
-    assert (set(traces.iterdir()) if traces.is_dir() else set()) == before
-
-
-@pytest.mark.kvm
-def test_wrapper_when_libvirt_probes_it_then_qmp_answers_and_no_supervisor_is_left() -> None:
-    command = [str(WRAPPER), "-S", "-no-user-config", "-nodefaults", "-nographic"]
-    command += ["-machine", "none,accel=kvm", "-qmp", "stdio"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as qemu:
-        assert qemu.stdin is not None
-        assert qemu.stdout is not None
-        assert "QMP" in json.loads(qemu.stdout.readline())
-        supervisor = supervisor_of(qemu.pid)
-        assert supervisor is not None
-        pidfd = os.pidfd_open(supervisor)
-        try:
-            answers = []
-            for execute in ("qmp_capabilities", "query-kvm", "quit"):
-                qemu.stdin.write(json.dumps({"execute": execute}) + "\n")
-                qemu.stdin.flush()
-                answers.append(json.loads(qemu.stdout.readline()))
-            assert answers[1] == {"return": {"enabled": True, "present": True}}
-            _, errors = qemu.communicate(timeout=TIMEOUT_S)
-
-            assert (qemu.returncode, errors) == (0, "")
-            wait_for_end(pidfd, what="the supervisor")
-        finally:
-            os.close(pidfd)
-
-
-@pytest.mark.kvm
-def test_wrapper_when_qemu_daemonizes_then_the_supervisor_serves_the_daemon(
-    tmp_path: Path,
-) -> None:
-    # As libvirt probes: the launched process ends, its child is QEMU.
-    pidfile, monitor = tmp_path / "pid", tmp_path / "qmp"
-    command = [str(WRAPPER), "-S", "-nodefaults", "-display", "none", "-machine", "none,accel=kvm"]
-    command += ["-qmp", f"unix:{monitor},server=on,wait=off", "-pidfile", str(pidfile)]
-    launched = subprocess.Popen([*command, "-daemonize"])
-    assert launched.wait(TIMEOUT_S) == 0
-    supervisor = supervisor_of(launched.pid)
-    assert supervisor is not None
-    pidfd = os.pidfd_open(supervisor)
-    try:
-        with socket.socket(socket.AF_UNIX) as qmp:
-            qmp.settimeout(TIMEOUT_S)
-            qmp.connect(str(monitor))
-            qmp.sendall(b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n')
-            wait_for_end(pidfd, what="the supervisor")
-    finally:
-        os.close(pidfd)
-
-
-@pytest.mark.kvm
-@pytest.mark.parametrize("suffix", ["", "-v11", "-v7"])
-def test_wrapper_when_named_after_a_revision_then_that_is_emulated(
-    suffix: str, tmp_path: Path
-) -> None:
-    # A link elsewhere, as an administrator may make one.
-    link = tmp_path / f"kvmi-emulated-qemu{suffix}"
-    link.symlink_to(WRAPPER.with_name(link.name))
-    abi = by_name(suffix.removeprefix("-") or "v12")
-    program = f"import os; os.execv({sys.executable!r}, ['python', '-c', {PROBE!r}])"
-    script = tmp_path / "qemu"
-    script.write_text(f"#!{sys.executable} -IS\n{program}\n")
-    script.chmod(0o755)
-    result = subprocess.run(
-        [str(link), hex(abi.request(Ioctl.COMMAND))],
-        env={**os.environ, "KVMI_QEMU": str(script)},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-
-    # A bad id is EINVAL on every revision, and ENOTTY where it is not emulated.
-    requests = {hex(each.request(Ioctl.COMMAND)) for each in (V12, by_name("v7"))}
-    assert json.loads(result.stdout) == {
-        request: 22 if request == hex(abi.request(Ioctl.COMMAND)) else 25 for request in requests
-    }
-
-
-@pytest.mark.kvm
-def test_wrapper_when_faults_are_named_in_its_environment_then_they_are_on(tmp_path: Path) -> None:
-    script = tmp_path / "qemu"
-    script.write_text(f"#!{sys.executable} -IS\n{PROBE}\n")
-    script.chmod(0o755)
-    result = subprocess.run(
-        [str(WRAPPER)],
-        env={**os.environ, "KVMI_QEMU": str(script), "KVMI_FAULT": "introspection-off,enomem=1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-
-    assert json.loads(result.stdout)[hex(V12.request(Ioctl.COMMAND))] == 1
-
-
-def test_quick_wrapper_when_its_supervisor_cannot_work_then_it_says_so_on_stderr() -> None:
-    program = (
-        "import sys\n"
-        "from kvmi_libvirt.emulator import quick\n"
-        "sys.modules['kvmi_libvirt.emulator.supervisor'] = None\n"
-        "sys.argv = ['kvmi-emulated-qemu', '0.5']\n"
-        "raise SystemExit(quick.emulated_qemu())\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "KVMI_QEMU": "/bin/sleep"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-
-    assert result.returncode == 0  # it made no VM, so nothing was missing
-    assert result.stderr.startswith("kvmi-emulated-qemu: the emulator's supervisor ended: ")
     assert result.stderr.count("\n") == 1
 
 

@@ -30,12 +30,13 @@ from emulator_harness import (
 )
 from support import wait_until
 
-from kvmi_libvirt import linux
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.seccomp import SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 from kvmi_libvirt.abi.v12 import V12
-from kvmi_libvirt.emulator import supervisor as supervisor_module
+from kvmi_libvirt.emulator import calls as calls_module
+from kvmi_libvirt.emulator.calls import Calls
 from kvmi_libvirt.emulator.kernel import Answer
+from kvmi_libvirt.emulator.listener import Call, Listener
 from kvmi_libvirt.emulator.process import read_argument
 from kvmi_libvirt.emulator.registry import Registry
 from kvmi_libvirt.emulator.supervisor import Supervisor
@@ -90,7 +91,7 @@ class Laboratory:
             assert ready, "neither an answer nor a notification"
             if ready.get(self._control.fileno()):
                 return json.loads(self._control.recv(1 << 17))["result"]
-            self.supervisor._serve_once()
+            self.supervisor.serve_once()
 
     def ioctl(self, vm: int, request: int, argument: str) -> int | str:
         result: int | str = self.do("ioctls", fd=vm, request=request, arguments=[argument])[0]
@@ -103,6 +104,7 @@ class Laboratory:
         return int(self.do("received", fds=[sock.fileno()])[0])
 
     def errors(self) -> list[str]:
+        self._trace.flush()
         return [line["error"] for line in trace_lines(self.trace_path) if "error" in line]
 
 
@@ -128,29 +130,27 @@ def interrupt_first_decision(
     monkeypatch: pytest.MonkeyPatch, laboratory: Laboratory, *, must_die: bool
 ) -> list[Answer | None]:
     """Send the victim a signal after the first decision, before it is answered."""
-    decide, notifications = Supervisor._decide, []
-    receive = linux.seccomp_notif_recv
+    decide, receive = Calls._decide, Listener.receive
+    calls: list[Call | None] = []
     answers: list[Answer | None] = []
 
-    def receiving(*args: Any) -> Any:
-        notifications.append(receive(*args))
-        return notifications[-1]
+    def receiving(self: Listener) -> Call | None:
+        calls.append(receive(self))
+        return calls[-1]
 
-    def deciding(self: Supervisor, *args: Any, **kwargs: Any) -> Answer | None:
+    def deciding(self: Calls, *args: Any, **kwargs: Any) -> Answer | None:
         answers.append(decide(self, *args, **kwargs))
         if len(answers) == 1:
-            notification = notifications[-1]
+            call = calls[-1]
+            assert call is not None
+            listener = Listener(laboratory.listener)
             os.kill(laboratory.process.pid, signal.SIGUSR1)
-            is_valid = linux.seccomp_notif_id_valid
             if must_die:
-                wait_until(
-                    lambda: not is_valid(laboratory.listener, notification.id),
-                    what="the call is interrupted",
-                )
+                wait_until(lambda: not listener.is_waiting(call), what="the call is interrupted")
         return answers[-1]
 
-    monkeypatch.setattr(linux, "seccomp_notif_recv", receiving)
-    monkeypatch.setattr(Supervisor, "_decide", deciding)
+    monkeypatch.setattr(Listener, "receive", receiving)
+    monkeypatch.setattr(Calls, "_decide", deciding)
     return answers
 
 
@@ -168,7 +168,7 @@ def test_hook_when_its_caller_is_interrupted_and_restarts_it_then_it_is_done_onc
         assert laboratory.ioctl(vm, HOOK, hook_argument(fd)) == 0
         assert answers == [Answer(), Answer()]
         tool.sendall(GET_VERSION)
-        laboratory.supervisor._serve_once()
+        laboratory.supervisor.serve_once()
         assert len(received(tool, 32)) == 32
 
 
@@ -248,8 +248,8 @@ def test_caller_when_killed_after_its_memory_was_read_then_nothing_is_decided_or
         return argument
 
     decided: list[Any] = []
-    monkeypatch.setattr(supervisor_module, "read_argument", reading)
-    monkeypatch.setattr(Supervisor, "_decide", lambda *args, **_: decided.append(args))
+    monkeypatch.setattr(calls_module, "read_argument", reading)
+    monkeypatch.setattr(Calls, "_decide", lambda *args, **_: decided.append(args))
     laboratory._ask("ioctls", fd=vm, request=COMMAND, arguments=[feature(1, 8)])
     laboratory.supervisor.run()
 

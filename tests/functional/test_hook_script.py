@@ -11,6 +11,7 @@ import ast
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,13 +164,59 @@ def test_an_operation_of_a_later_libvirt_is_not_ours(
     assert not (made.directory / "called").exists()
 
 
+HEAD: Final = f'<host-policy xmlns="{URI}1.0">'
+ASSIGN: Final = '<assign><match name="db*"/></assign></host-policy>'
+
+
 @pytest.mark.parametrize("operation", MAY_REFUSE)
-def test_a_host_policy_concerns_every_start(helper: Callable[..., Helper], operation: str) -> None:
+@pytest.mark.parametrize(
+    "policy",
+    [
+        f"{HEAD}{ASSIGN}",
+        f"<?xml version='1.0'?>\n<!-- a -->{HEAD}<!-- b -->{ASSIGN}",
+        f'<k:host-policy xmlns:k="{URI}1.0"><k:assign/></k:host-policy>',
+        f"{HEAD}<![CDATA[<!--]]>{ASSIGN}<!-- -->",
+        f"<?x <!-- ?>{HEAD}{ASSIGN}<!-- -->",
+        f"<?xml version='1.0'?><?x <!-- ?>{HEAD}{ASSIGN}<!-- -->",
+        f"<!DOCTYPE x>{HEAD}</host-policy>",
+        f"{HEAD}{' ' * (1 << 20)}{ASSIGN}",
+        "<x/>",
+        "",
+    ],
+    ids=lambda text: text[-40:],
+)
+def test_a_host_policy_that_may_assign_concerns_every_start(
+    helper: Callable[..., Helper], operation: str, policy: str
+) -> None:
     made = helper("touch called")
-    (made.directory / "host-policy.xml").write_text("<x/>", encoding="utf-8")
+    (made.directory / "host-policy.xml").write_text(policy, encoding="utf-8")
 
     assert verdict(call(made.script, operation, PLAIN)) == (0, "")
     assert (made.directory / "called").exists()
+
+
+@pytest.mark.parametrize("operation", MAY_REFUSE)
+def test_a_host_policy_that_cannot_be_read_concerns_every_start(
+    helper: Callable[..., Helper], operation: str
+) -> None:
+    made = helper("touch called")
+    (made.directory / "host-policy.xml").mkdir()
+
+    assert verdict(call(made.script, operation, PLAIN)) == (0, "")
+    assert (made.directory / "called").exists()
+
+
+@pytest.mark.parametrize("operation", MAY_REFUSE)
+def test_a_host_policy_that_assigns_nothing_costs_no_helper(
+    helper: Callable[..., Helper], operation: str
+) -> None:
+    made = helper("touch called; exit 10")
+    skeleton = SCRIPT.parents[2] / "packaging" / "config" / "host-policy.xml"
+    assert b"<assign" in skeleton.read_bytes()  # in its comments
+    shutil.copy(skeleton, made.directory / "host-policy.xml")
+
+    assert verdict(call(made.script, operation, PLAIN)) == (0, "")
+    assert not (made.directory / "called").exists()
 
 
 @pytest.mark.parametrize("operation", NEVER)
@@ -561,7 +608,8 @@ def test_a_bad_policy_is_refused_with_its_line_or_logged(whole: Helper) -> None:
     code, text = verdict(call(whole.script, "prepare", whole_domain("required", body="")))
     assert code == 1
     assert re.fullmatch(
-        r"kvmi-libvirt: domain 'db1' requires introspection: XML of domain 'db1':1: .*\n", text
+        r".* \(XML of domain 'db1':1\); domain 'db1' requires introspection \(kvmi-libvirt\)\n",
+        text,
     )
 
     assert verdict(call(whole.script, "prepare", whole_domain("optional", body=""))) == (0, "")

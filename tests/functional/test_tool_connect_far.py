@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -13,13 +14,21 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmi_libvirt import sockdiag
-from kvmi_libvirt.errors import HandshakeRefused, HandshakeTimeout
+from kvmi_libvirt.errors import HandshakeError, HandshakeRefused, HandshakeTimeout
 from kvmi_libvirt.policy.model import TcpSource, VsockSource
 from kvmi_libvirt.tool import connect as connect_module
-from kvmi_libvirt.tool.connect import check_channel, connect, peer_credentials, set_send_timeout
+from kvmi_libvirt.tool.connect import (
+    check_channel,
+    connect,
+    peer_credentials,
+    set_send_timeout,
+    shake_hands,
+)
+from kvmi_libvirt.tool.handshake import pack_answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 LONG_S = 20.0
 
@@ -154,6 +163,111 @@ def test_vsock_tool_is_reached_over_the_loopback() -> None:
         with accepted:
             check_channel(sock)
             assert sock.gettimeout() is None
+
+
+# -- vsock on a machine that has none: the socket is of another family, all else is real ----
+
+
+class StandInVsock(socket.socket):
+    """A unix socket that says it is a vsock socket, and connects to a tool's listener."""
+
+    listener = ""
+    refusal: int | None = None
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+        super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    @property
+    def family(self) -> int:  # type: ignore[override]  # what the code under test looks at
+        return socket.AF_VSOCK
+
+    def connect(self, address: object) -> None:
+        self.asked.append(address)
+        if self.refusal is not None:
+            raise OSError(self.refusal, os.strerror(self.refusal))
+        super().connect(self.listener)
+
+
+@pytest.fixture
+def vsock_options(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bytes]]:
+    """Options of level AF_VSOCK, which a unix socket does not have, as they were set."""
+    found: list[tuple[int, bytes]] = []
+    real = connect_module._set_option
+
+    def set_option(sock: socket.socket, level: int, option: int, value: bytes) -> None:
+        if level == socket.AF_VSOCK:
+            found.append((option, value))
+        else:
+            real(sock, level, option, value)
+
+    monkeypatch.setattr(connect_module, "_set_option", set_option)
+
+    def new_socket(family: int) -> StandInVsock:
+        assert family == socket.AF_VSOCK
+        return StandInVsock()
+
+    monkeypatch.setattr(connect_module, "_new_socket", new_socket)
+    return found
+
+
+def test_vsock_tool_is_connected_to_and_shakes_hands(
+    tmp_path: Path, vsock_options: list[tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StandInVsock, "listener", str(tmp_path / "tool"))
+    with (
+        socket.create_server(StandInVsock.listener, family=socket.AF_UNIX) as listener,
+        connect(VsockSource(cid=7, port=4321), deadline=after(LONG_S)) as sock,
+    ):
+        assert isinstance(sock, StandInVsock)
+        assert sock.asked == [(7, 4321)]
+        ((option, value),) = vsock_options
+        seconds, microseconds = struct.unpack("@ll", value)
+        assert option == 6  # SO_VM_SOCKETS_CONNECT_TIMEOUT of <linux/vm_sockets.h>
+        assert 0 < seconds + microseconds / 1e6 <= LONG_S
+        assert sock.gettimeout() is None
+        assert peer_credentials(sock) is None
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.sendall(pack_answer(b"p" * 20))
+            answer = shake_hands(sock, b"hello", deadline=after(LONG_S))
+            assert answer.cookie_hash == b"p" * 20
+            assert accepted.recv(99) == b"hello"
+            set_send_timeout(sock, 10)
+            check_channel(sock)
+
+
+@pytest.mark.usefixtures("vsock_options")
+@pytest.mark.parametrize(
+    ("refusal", "kind", "message"),
+    [
+        (errno.ECONNRESET, HandshakeRefused, "no tool listens on {} (ECONNRESET): start the tool"),
+        (errno.ENODEV, HandshakeRefused, "there is no machine at {} (ENODEV): is the tool's VM"),
+        (errno.ENETUNREACH, HandshakeRefused, "there is no way to {} (ENETUNREACH)"),
+        (errno.EHOSTUNREACH, HandshakeRefused, "there is no way to {} (EHOSTUNREACH)"),
+        (errno.EADDRNOTAVAIL, HandshakeRefused, "cannot connect to {}: Cannot assign requested"),
+        (errno.EINTR, HandshakeRefused, "cannot connect to {}: Interrupted"),
+        (errno.ETIMEDOUT, HandshakeTimeout, "no connection to {} within"),
+        (errno.EAGAIN, HandshakeTimeout, "no connection to {} within"),
+    ],
+)
+def test_vsock_error_is_one_line_that_names_the_place(
+    refusal: int, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StandInVsock, "refusal", refusal)
+    with pytest.raises(kind) as caught:
+        connect(VsockSource(cid=7, port=4321), deadline=after(LONG_S))
+    assert str(caught.value).startswith(message.format("vsock:7:4321"))
+    assert "\n" not in str(caught.value)
+
+
+def test_kernel_without_vsock_is_said_to_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: int) -> None:
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    monkeypatch.setattr("kvmi_libvirt.tool.connect.socket.socket", refused)
+    with pytest.raises(HandshakeError, match=r"^cannot make a vsock socket: .*kernel module vsock"):
+        connect(VsockSource(cid=7, port=4321), deadline=after(LONG_S))
 
 
 # -- what the kernel says about vsock, which not every kernel can be asked -----------------

@@ -17,7 +17,7 @@ import host
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 VIRSH = ("virsh", "-q", "-c", "qemu:///system")
 NAMESPACE = "urn:kvmi-libvirt:introspection:1.0"
@@ -79,6 +79,7 @@ class Vm:
     uuid: str
     serial: Path
     socket: Path
+    rom: Path | None = None
 
     def virsh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run virsh, bounded in time."""
@@ -86,27 +87,46 @@ class Vm:
             [*VIRSH, *arguments], capture_output=True, text=True, timeout=60, check=False
         )
 
-    def define(self, metadata: str = "", *, emulator: Path | str | None = None) -> None:
-        """Define the domain with *metadata*."""
+    def define(
+        self,
+        metadata: str = "",
+        *,
+        emulator: Path | str | None = None,
+        devices: str = "",
+        max_vcpus: int = 2,
+        rom: Path | None = None,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        """Define the domain with *metadata*, two vCPUs, more *devices* and QEMU *options*."""
+        arguments = "".join(f"<q:arg value='{option}'/>" for option in options)
+        commandline = (
+            "<q:commandline xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'>"
+            f"{arguments}</q:commandline>"
+        )
         xml = f"""
 <domain type='kvm'>
   <name>{self.name}</name>
   <uuid>{self.uuid}</uuid>
   <metadata>{metadata}</metadata>
   <memory unit='MiB'>32</memory>
-  <vcpu>2</vcpu>
+  <vcpu current='2'>{max_vcpus}</vcpu>
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
-    <loader readonly='yes' type='rom'>{self.host.rom}</loader>
+    <loader readonly='yes' type='rom'>{rom or self.host.rom}</loader>
   </os>
   <on_poweroff>destroy</on_poweroff>
   <devices>
     <emulator>{emulator or self.host.emulator}</emulator>
     <serial type='file'><source path='{self.serial}'/></serial>
-    <memballoon model='none'/>
+    <memballoon model='none'/>{devices}
     <controller type='usb' model='none'/>
   </devices>
+  {commandline if options else ""}
 </domain>"""
+        self.define_xml(xml)
+
+    def define_xml(self, xml: str) -> None:
+        """Define the domain as *xml* says, which must have its name and uuid."""
         result = subprocess.run(
             [*VIRSH, "define", "/dev/stdin"],
             input=xml,
@@ -187,9 +207,13 @@ class Tool:
 
 
 @contextlib.contextmanager
-def probe(socket_path: Path, *options: str) -> Iterator[Tool]:
-    """Run a probe that listens on *socket_path* for the block."""
+def probe(socket_path: Path, *options: str, within: Sequence[str] = ()) -> Iterator[Tool]:
+    """Run a probe that listens on *socket_path* for the block.
+
+    *within* is the command that enters another host's namespaces.
+    """
     command = [
+        *within,
         str(BIN / "kvmi-libvirt"),
         "probe",
         "--listen",

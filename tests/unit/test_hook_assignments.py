@@ -59,7 +59,7 @@ def test_mode_of_an_assignment_decides_and_not_the_elements(
     on(monkeypatch, assign("required"))
     veto = hook.run("db1", "started", xml(element))
     assert veto is not None
-    assert veto.startswith("kvmi-libvirt: domain 'db1' requires introspection: ")
+    assert veto.endswith("; domain 'db1' requires introspection (kvmi-libvirt)")
     assert hook.run("db1", "reconnect", xml(element)) is None
     on(monkeypatch, assign("optional"))
     assert hook.run("db1", "started", xml(element)) is None
@@ -72,6 +72,26 @@ def test_demand_of_an_element_is_overruled_by_an_assignment(
     wrong = xml(ELEMENT.format("required", NOWHERE))
     assert hook.run("db1", "prepare", wrong) is None
     assert hook.run("db1", "started", wrong) is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [b"<memory unit='furlong'>1</memory>", b"<x " + b"y" * 99 + b"/>", b"<z/>" * 100_001]
+)
+def test_domain_that_cannot_be_matched_is_taken_for_one_that_may_be_meant(
+    hook: Hook, wrong: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever somebody gets into a domain's XML, it must not start such a VM unwatched.
+    unreadable = xml().replace(b"</uuid>", b"</uuid>" + wrong)
+    on(monkeypatch, assign("required"))
+    veto = hook.run("db1", "prepare", unreadable)
+    assert veto is not None
+    assert "(XML of domain 'db1':1)" in veto
+    assert veto.endswith("domain 'db1' requires introspection (kvmi-libvirt)")
+    assert hook.run("db1", "reconnect", unreadable) is None
+    on(monkeypatch, assign("optional"))
+    assert hook.run("db1", "prepare", unreadable) is None
+    on(monkeypatch, HostPolicy())
+    assert hook.run("db1", "prepare", unreadable) is None
 
 
 def test_domain_that_no_assignment_fits_starts(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,14 +139,19 @@ class AnyProcess:
         ("v11-or-v12", "v12", "v12"),
         ("v11-or-v12", None, "v11-or-v12"),
         ("v12", "v12", "v12"),
-        ("v12", "v11", "v11"),
+        ("v12", "v11", "v11-or-v12"),
+        ("v11", "v12", "v11-or-v12"),
         ("v12", "v7", None),
         ("v7", "v12", None),
         ("v7", "v7", "v7"),
     ],
 )
-def test_pin_decides_between_v11_and_v12_and_never_contradicts_the_probe(
-    probed: str, pin: str | None, result: str | None, monkeypatch: pytest.MonkeyPatch
+def test_pin_decides_between_v11_and_v12_only_where_the_kernel_does_not(
+    probed: str,
+    pin: str | None,
+    result: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("kvmi_libvirt.introspect.worker.run", lambda *_, **__: Report(abi=probed))
     ask = introspect.probe_revision
@@ -136,6 +161,8 @@ def test_pin_decides_between_v11_and_v12_and_never_contradicts_the_probe(
             ask(process, fds, pin=pin)  # type: ignore[arg-type]  # not reached: run is a fake
         return
     assert ask(process, fds, pin=pin) is by_name(result)  # type: ignore[arg-type]  # as above
+    is_told = "correct or remove <kernel abi=...>" in caplog.text
+    assert is_told == (result == "v11-or-v12" != probed)
 
 
 @pytest.fixture(autouse=True)

@@ -35,12 +35,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.model import Policy
+
 NAME: Final = "db1"
 UUID: Final = "5a4a2b4e-7c1d-4e0f-9a52-0d6f6f1b0a01"
 
-CHECKING: Final = ("prepare", "migrate", "restore")
+CHECKING: Final = ("prepare", "start", "migrate", "restore")
 NEVER: Final = ("reconnect", "stopped", "release")
-UNKNOWN: Final = ("start", "attach", "prepared", "PREPARE", "", "-", "\udc80", "a\0b")
+UNKNOWN: Final = ("attach", "prepared", "PREPARE", "", "-", "\udc80", "a\0b")
 
 VALID: Final = (
     '<k:source type="unix" path="/run/kvmi/tool.sock"/>'
@@ -177,14 +180,14 @@ def test_the_reason_is_one_line_that_names_the_domain(hook: Hook, kind: str) -> 
 
     assert veto is not None
     assert "\n" not in veto
-    assert veto.startswith(f"kvmi-libvirt: domain '{NAME}' requires introspection: ")
+    assert veto.endswith(f"; domain '{NAME}' requires introspection (kvmi-libvirt)")
 
 
 def test_the_reason_tells_the_line_and_what_to_write(hook: Hook) -> None:
     veto = hook.run(NAME, "prepare", DOMAINS["invalid required"])
 
     assert veto is not None
-    assert f"XML of domain '{NAME}':1: " in veto
+    assert f"(XML of domain '{NAME}':1)" in veto
 
 
 def test_an_optional_failure_is_logged(hook: Hook, caplog: pytest.LogCaptureFixture) -> None:
@@ -212,7 +215,7 @@ def test_what_the_host_forbids_is_refused(
     assert hook.run(NAME, operation, DOMAINS["optional"]) is None
     veto = hook.run(NAME, operation, DOMAINS["required"])
     assert veto is not None
-    assert veto.endswith("/etc/x: not on this host")
+    assert veto.startswith("not on this host (/etc/x); ")
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "no")])
@@ -223,7 +226,7 @@ def test_an_error_of_the_system_is_judged_like_any_other(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    for step in ("_check", "_start", "_verify", "_forget"):
+    for step in ("_check", "_watch", "_start", "_verify", "_forget"):
         monkeypatch.setattr(Hook, step, fail)
 
     assert hook.run(NAME, operation.value, DOMAINS["optional"]) is None
@@ -484,7 +487,11 @@ def call_main(argv: list[str], xml: bytes, tmp_path: Path) -> tuple[int, str, st
 def quiet_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hook_module, "StateDir", lambda: StateDir(tmp_path / "state"))
     monkeypatch.setattr(hooklog, "start", lambda: None)
-    monkeypatch.setattr(Hook.__init__, "__kwdefaults__", {"state": None, "run_dir": tmp_path})
+    monkeypatch.setattr(
+        Hook.__init__,
+        "__kwdefaults__",
+        {**(Hook.__init__.__kwdefaults__ or {}), "run_dir": tmp_path},
+    )
 
 
 @pytest.mark.usefixtures("quiet_main")
@@ -602,3 +609,38 @@ def test_a_dead_hook_that_could_not_be_taken_off_is_remembered(
         found = state.load(UUID)
         assert found is not None
         assert (found.state, found.socket_inode) == (FAILED, inode)
+
+
+# -- early -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("early", "wanted"), [("yes", [NAME]), ("no", [])])
+def test_only_an_early_start_is_watched_and_marked_before(
+    tmp_path: Path, early: str, wanted: list[str]
+) -> None:
+    state = StateDir(tmp_path / "state")
+    watched = []
+
+    def watch(domain: Domain, _policy: Policy) -> None:
+        assert state.is_start_marked(UUID)
+        watched.append(domain.name)
+
+    hook = Hook(state=state, run_dir=tmp_path, watch_start=watch)
+    text = DOMAINS["required"].replace(b'mode="required"', b'mode="required" early="%s"')
+    assert hook.run(NAME, "start", text % early.encode()) is None
+    assert watched == wanted
+    assert state.is_start_marked(UUID) == (early == "yes")
+    for operation in ("stopped", "release"):
+        assert hook.run(NAME, operation, text % early.encode()) is None
+    assert not state.is_start_marked(UUID)
+
+
+def test_a_required_early_start_that_cannot_be_watched_is_refused(tmp_path: Path) -> None:
+    def watch(_domain: Domain, _policy: Policy) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    text = DOMAINS["required"].replace(b'mode="required"', b'mode="required" early="yes"')
+    hook = Hook(state=StateDir(tmp_path / "state"), run_dir=tmp_path, watch_start=watch)
+    veto = hook.run(NAME, "start", text)
+    assert veto is not None
+    assert "Resource temporarily unavailable" in veto

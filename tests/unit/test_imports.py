@@ -25,12 +25,17 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parents[2]
 PACKAGE: Final = "kvmi_libvirt"
 HOOK: Final = ROOT / "hooks" / "qemu.d" / "50-kvmi-libvirt"
+HOST_POLICY_SKELETON: Final = ROOT / "packaging" / "config" / "host-policy.xml"
 HOOK_PYTHON: Final = Path("/usr/bin/python3")
 
 BASE: Final = frozenset({"errors", "newtypes", "quoting"})
 POLICY: Final = BASE | {"abi", "policy", "datafiles"}
 TRACING: Final = BASE | {"abi", "linux", "qemu"}
-SERVING: Final = TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag"}
+SERVING: Final = (
+    TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag", "beforehand"}
+)
+INSTALLING: Final = frozenset({"installer", "installation", "daemons", "snippets"})
+DOCTORING: Final = SERVING | INSTALLING | {"introspect", "bounded", "kernel", "hooklog", "doctor"}
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
@@ -41,6 +46,8 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "datafiles": frozenset({"errors"}),
         "abi": BASE | {"abi"},
         "linux": BASE | {"abi"},
+        "kernel": BASE | {"abi"},
+        "beforehand": POLICY | {"kernel", "plan"},
         "policy": POLICY,
         "policy.model": frozenset({"errors", "abi", "quoting"}),
         "plan": frozenset({"errors", "abi", "policy.model"}),
@@ -63,11 +70,32 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "state": BASE,
         "hooklog": frozenset(),
         "introspect": SERVING,
-        "hook": SERVING | {"introspect", "hooklog"},
+        "early": SERVING | {"introspect", "linux"},
+        "hook": SERVING | {"introspect", "early", "linux", "hooklog"},
+        "qmp": BASE,
+        "commandline": frozenset({"policy"}),
+        "proxmoxfiles": POLICY,
+        "proxmox": SERVING | {"introspect", "hooklog", "commandline", "proxmoxfiles", "qmp"},
         "installer": frozenset({"errors", "datafiles"}),
+        "snippets": frozenset({"errors", "datafiles"}),
+        "installation": frozenset({"errors", "datafiles", "installer"}),
+        "bounded": frozenset(),
+        "daemons": BASE | {"state"},
         "libvirtio": frozenset({"errors"}),
+        "agent": SERVING
+        | {"", "introspect", "hook", "early", "libvirtio", "linux", "agent", "agentclient"},
+        "agentclient": frozenset(),
+        "agent.decide": frozenset({"policy.model", "state"}),
+        "agent.frames": frozenset(),
+        "agent.listening": frozenset({"errors"}),
+        "agent.logs": frozenset(),
+        "agent.notify": frozenset(),
+        "agent.tracing": frozenset(),
+        "agent.watch": frozenset(),
+        "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
-        "cli": SERVING | {"", "introspect", "installer", "libvirtio", "cli"},
+        "doctor": DOCTORING | {"", "libvirtio", "agentclient", "agent.settings"},
+        "cli": DOCTORING | {"", "libvirtio", "cli", "agentclient"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
@@ -76,9 +104,13 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
 The longest row that covers a module counts.
 """
 
+DEPENDENCIES: Final = frozenset({"lxml", "libvirt", "prometheus_client"})
+
 PURE: Final = (
     *("abi", "policy.model", "plan", "tool.handshake", "tool.wire", "qemu.parked"),
     *("emulator.kernel", "emulator.protocol", "emulator.filter"),
+    *("doctor.report", "doctor.facts", "doctor.check_hook", "doctor.check_host"),
+    *("doctor.check_files", "doctor.check_vm"),
 )
 PURE_STDLIB: Final = frozenset(
     {
@@ -273,9 +305,9 @@ def test_a_foreign_library_has_few_importers(library: str, importers: set[str]) 
     assert found == importers
 
 
-def test_the_package_needs_nothing_but_lxml_and_libvirt() -> None:
+def test_the_package_needs_nothing_but_its_dependencies() -> None:
     for name, tree in modules().items():
-        strangers = outside_imports(tree) - sys.stdlib_module_names - {"lxml", "libvirt"}
+        strangers = outside_imports(tree) - sys.stdlib_module_names - DEPENDENCIES
         assert strangers == set(), name
 
 
@@ -340,11 +372,16 @@ def _imported(script: Path, *arguments: str, stdin: bytes) -> set[str]:
 
 @pytest.mark.skipif(not HOOK_PYTHON.exists(), reason=f"no {HOOK_PYTHON}")
 @pytest.mark.parametrize("operation", ["prepare", "started", "stopped", "release", "reconnect"])
-def test_a_domain_without_element_costs_no_import(tmp_path: Path, operation: str) -> None:
-    # A host policy of this machine would concern every domain: look where there is none.
+@pytest.mark.parametrize("policy", ["none", "skeleton"])
+def test_a_domain_without_element_costs_no_import(
+    tmp_path: Path, operation: str, policy: str
+) -> None:
+    # This machine's host policy may concern every domain: look at none, or at the one
+    # that "install" puts there.
+    place = tmp_path / "none" if policy == "none" else HOST_POLICY_SKELETON
     script = tmp_path / "hook"
     text = HOOK.read_text(encoding="utf-8")
-    text = text.replace('"/etc/kvmi-libvirt/host-policy.xml"', repr(str(tmp_path / "none")))
+    text = text.replace('"/etc/kvmi-libvirt/host-policy.xml"', repr(str(place)))
     script.write_text(text, encoding="utf-8")
     empty = tmp_path / "empty"
     empty.write_text("import posix, sys\n", encoding="utf-8")

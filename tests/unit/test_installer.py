@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -15,16 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from support import wait_until
 
-from kvmi_libvirt import installer
 from kvmi_libvirt.errors import KvmiLibvirtError
 from kvmi_libvirt.installer import (
     HOOK_DIR,
     HOOK_NAME,
     hook_text,
     install_hook,
-    reload_daemons,
     uninstall_hook,
 )
 
@@ -156,6 +151,7 @@ def test_an_installation_that_fails_leaves_qemu_d_as_it_was(hook_dir: Path) -> N
 
     assert names(hook_dir) == [HOOK_NAME]
     assert (hook_dir / HOOK_NAME).read_bytes() == hook_text("/old/python3")
+    assert names(hook_dir.parent) == ["qemu.d"]
     # And trying again is all that is needed.
     assert install_hook(hook_dir=hook_dir, python=PYTHON) is True
     assert names(hook_dir.parent) == ["qemu.d"]
@@ -200,62 +196,3 @@ def test_what_is_installed_runs(hook_dir: Path) -> None:
     )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-
-
-# -- reloading ---------------------------------------------------------------------------
-
-
-def daemon(tmp_path: Path, name: str) -> subprocess.Popen[bytes]:
-    """Start a process that the kernel knows as *name*."""
-    program = tmp_path / name
-    shutil.copy(Path("/bin/sleep").resolve(), program)
-    process = subprocess.Popen([program, "60"])
-    comm = Path(f"/proc/{process.pid}/comm")
-    wait_until(lambda: comm.read_text(encoding="ascii").strip() == name, what="it was executed")
-    return process
-
-
-def pidfile(tmp_path: Path, name: str, text: str, patch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run" / f"{name}.pid"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="ascii")
-    patch.setattr(installer, "_DAEMON_PIDFILES", (path,))
-
-
-def test_a_running_daemon_is_told_to_look_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with daemon(tmp_path, "virtqemud") as process:
-        pidfile(tmp_path, "virtqemud", f"{process.pid}\n", monkeypatch)
-        try:
-            assert reload_daemons() == ["virtqemud"]
-            assert process.wait(timeout=10) == -signal.SIGHUP
-        finally:
-            process.kill()
-
-
-def test_a_pidfile_that_names_another_process_is_not_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with daemon(tmp_path, "innocent") as process:
-        pidfile(tmp_path, "libvirtd", f"{process.pid}\n", monkeypatch)
-        try:
-            assert reload_daemons() == []
-            assert process.poll() is None
-        finally:
-            process.kill()
-
-
-@pytest.mark.parametrize("text", ["", "x", "-1", "0", "1.5", "999999999"])
-def test_a_pidfile_without_a_process_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    pidfile(tmp_path, "libvirtd", text, monkeypatch)
-
-    assert reload_daemons() == []
-
-
-def test_no_daemon_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installer, "_DAEMON_PIDFILES", (tmp_path / "libvirtd.pid",))
-
-    assert reload_daemons() == []

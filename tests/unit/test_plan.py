@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvmi_libvirt.abi.kvmi import ALL_IDS, Ioctl, KvmiAbi
-from kvmi_libvirt.abi.revisions import BY_NAME, by_name
+from kvmi_libvirt.abi.revisions import BY_NAME, REVISIONS, by_name
 from kvmi_libvirt.errors import ExitCode, UnsupportedByKernel
 from kvmi_libvirt.plan import (
     NO_GRANTS,
@@ -21,8 +21,10 @@ from kvmi_libvirt.plan import (
     Step,
     grants_after,
     make_plan,
+    names_of,
     unhook_plan,
 )
+from kvmi_libvirt.policy.explain import ALLOWED, explain
 from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
 
 V12, V11, V7, DOUBT = map(by_name, ("v12", "v11", "v7", "v11-or-v12"))
@@ -291,6 +293,23 @@ def test_no_beginning_of_a_change_allows_more_than_before_or_after(
                 assert is_now <= will  # nothing is given while something is yet to go
 
 
+@pytest.mark.parametrize("abi", REVISIONS, ids=lambda abi: abi.name)
+@given(old=tolerant_policies, new=tolerant_policies)
+def test_on_the_way_from_policy_to_policy_no_more_is_ever_allowed_than_both(
+    abi: KvmiAbi, old: Policy, new: Policy
+) -> None:
+    before, after = target(old, abi), target(new, abi)
+    assert grants_after(make_plan(old, abi, None), None) == before
+    plan = make_plan(new, abi, before)
+    assert grants_after(plan, before) == after
+    for length in range(len(plan.steps) + 1):
+        now = grants_after(Plan(abi=abi, steps=plan.steps[:length]), before)
+        assert now.commands <= before.commands | after.commands
+        assert now.events <= before.events | after.events
+        assert now.commands - before.commands <= after.commands
+        assert now.events - before.events <= after.events
+
+
 @given(st.data(), tolerant_policies, abis)
 def test_changes_deny_before_they_allow_and_know_no_always_allowed_id(
     data: st.DataObject, some: Policy, abi: KvmiAbi
@@ -330,6 +349,26 @@ def test_demands_are_refused_exactly_when_the_revision_lacks_them(
         assert all(name in str(caught.value) for name in lacking)
     else:
         make_plan(some, abi, current)
+
+
+@given(strategies.policies(), abis)
+def test_explanation_says_yes_to_exactly_what_the_plan_grants(some: Policy, abi: KvmiAbi) -> None:
+    try:
+        plan = make_plan(some, abi, None)
+    except UnsupportedByKernel:
+        plan = make_plan(tolerant(some), abi, None)
+    granted = names_of(grants_after(plan, None), abi)
+    for decisions, names, everything in zip(
+        explain(some, abi),
+        granted,
+        (some.commands.everything, some.events.everything),
+        strict=True,
+    ):
+        said = {d.name for d in decisions if d.verdict == ALLOWED and d.in_kernel}
+        assert said == set(names)
+        doubted = {d.name for d in decisions if d.in_kernel is None}
+        assert doubted == ({GFN, ACCESS} & {d.name for d in decisions} if abi is DOUBT else set())
+        assert everything or not doubted & set(names)
 
 
 @given(st.data(), st.booleans())

@@ -106,6 +106,8 @@ MACROS: Final[Mapping[str, int]] = {
             "SECCOMP_IOCTL_NOTIF_SEND",
             "SECCOMP_IOCTL_NOTIF_ID_VALID",
             "SECCOMP_IOCTL_NOTIF_ADDFD",
+            "SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP",
+            "SECCOMP_IOCTL_NOTIF_SET_FLAGS",
         )
     },
     "BPF_LD|BPF_W|BPF_ABS": seccomp.BPF_LD_W_ABS,
@@ -167,6 +169,7 @@ NEWER: Final = frozenset(
     {
         *("SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV", "SECCOMP_ADDFD_FLAG_SEND"),
         *("SYS_epoll_pwait2", "SECCOMP_FILTER_FLAG_TSYNC_ESRCH"),
+        *("SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP", "SECCOMP_IOCTL_NOTIF_SET_FLAGS"),
     }
 )
 """Macros that headers of a distribution we support may not have yet."""

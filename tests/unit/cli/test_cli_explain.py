@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS
+from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS, by_name
 from kvmi_libvirt.cli import explain, main
-from kvmi_libvirt.cli.kernel import NO_KVMI
+from kvmi_libvirt.kernel import NO_KVMI
 from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from kvmi_libvirt.abi.kvmi import KvmiAbi
 
+V12, V11, V7, DOUBT = map(by_name, ("v12", "v11", "v7", "v11-or-v12"))
 ELEMENT = f"""<introspection xmlns="{NAMESPACE}">
   <source type="unix" path="/run/kvmi/x"/>
   <secret name="db1"/>
@@ -77,6 +80,76 @@ def test_without_abi_the_running_kernel_is_asked(
         out = capsys.readouterr().out
         assert f"kernel:    {told}\n" in out
         assert all(column in line for line in out.splitlines() if line.startswith("KVMI_"))
+
+
+@pytest.mark.parametrize(
+    ("found", "pin", "abi", "told"),
+    [
+        (V12, None, "v12", V12.title),
+        (V12, "v12", "v12", V12.title),
+        (DOUBT, None, "v11-or-v12", DOUBT.title),
+        (DOUBT, "v11", "v11", f"{V11.title}, as the host policy says"),
+        (
+            V12,
+            "v11",
+            "v11-or-v12",
+            f"{V12.title}, but the host policy says v11: what differs is not granted",
+        ),
+        (V7, "v12", None, f"{V7.title}; the host policy says v12, with which nothing is hooked"),
+        (None, "v12", None, "cannot tell"),
+    ],
+)
+def test_what_the_host_policy_says_of_the_kernel_is_weighed_as_for_a_hook(
+    found: KvmiAbi | None,
+    pin: str | None,
+    abi: str | None,
+    told: str,
+    file: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = (found, "cannot tell" if found is None else found.title)
+    monkeypatch.setattr(explain, "running_abi", lambda: answer)
+    monkeypatch.setattr(explain, "load_host_policy", lambda: HostPolicy(kernel_abi=pin))
+    assert main(["explain", file]) == 0
+    assert f"kernel:    {told}\n" in capsys.readouterr().out
+    assert main(["explain", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["abi"] == abi
+
+
+def test_right_whose_id_is_in_doubt_is_told_not_to_be_granted(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "running_abi", lambda: (DOUBT, DOUBT.title))
+    note = "?  the kernel does not tell which id this has, so it is not granted\n"
+    assert main(["explain", file]) == 0
+    assert note not in capsys.readouterr().out
+    path = Path(file)
+    path.write_text(
+        ELEMENT.replace("VM_READ_PHYSICAL", 'VM_SET_PAGE_ACCESS" optional="yes'), encoding="utf-8"
+    )
+    assert main(["explain", file]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^KVMI_VM_SET_PAGE_ACCESS +allowed \(optional\) +\?  ", out, re.MULTILINE)
+    assert note in out
+    assert "problem:" not in out
+    # Granted all at once, it needs no id of its own.
+    path.write_text(
+        re.sub(r"<commands>.*</commands>", '<commands default="allow"/>', ELEMENT, flags=re.S)
+    )
+    assert main(["explain", file]) == 0
+    assert note not in capsys.readouterr().out
+
+
+def test_right_that_is_demanded_and_not_there_is_a_problem(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(file)
+    path.write_text(ELEMENT.replace("VM_READ_PHYSICAL", "VM_GET_MAX_GFN"), encoding="utf-8")
+    for abi, has_problem in (("v12", True), ("v11", False), ("v7", False)):
+        assert main(["explain", file, "--abi", abi]) == 0
+        out = capsys.readouterr().out
+        assert ("problem:   KVMI v12 (October 2021) has no command" in out) == has_problem
 
 
 def test_assignment_is_named_with_its_place(

@@ -66,7 +66,11 @@ def test_names_are_commands_events_and_groups_in_any_spelling() -> None:
         ("vm_reed_physical", "did you mean KVMI_VM_READ_PHYSICAL"),
         ("vcpu_event_trab", "did you mean KVMI_VCPU_EVENT_TRAP"),
         ("get_version", "is always allowed"),
-        ("", "unknown command"),
+        ("breakpoint", 'group "breakpoint"; did you mean KVMI_VCPU_EVENT_BREAKPOINT'),
+        ("memory-raed", 'group "memory-raed"; did you mean memory-read'),
+        ("vcpu_pause", "is what v7 calls KVMI_VM_PAUSE_VCPU"),
+        ("event_cr", "is what v7 calls KVMI_VCPU_EVENT_CR"),
+        ("", "unknown command, event or group \"\"; 'kvmi-libvirt names' lists them all"),
     ],
 )
 def test_name_that_means_nothing_is_refused(name: str, reason: str) -> None:

@@ -18,7 +18,7 @@ from kvmi_libvirt.newtypes import Tid
 def write_one(trace: Trace, errno: int = 0) -> None:
     args = {"allow": 1, "id": 12}
     name = "KVM_INTROSPECTION_COMMAND"
-    trace.ioctl(Tid(7), name, 0x4008AECA, args, errno=errno, extra={})
+    trace.ioctl(Tid(7), name, 0x4008AECA, lambda: args, errno=errno)
 
 
 def test_line_when_written_then_it_is_the_documented_one(tmp_path: Path) -> None:

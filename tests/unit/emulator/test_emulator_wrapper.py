@@ -3,15 +3,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmi_libvirt.emulator import launch, quick
-from kvmi_libvirt.emulator.filter import filter_program
+from kvmi_libvirt import linux
+from kvmi_libvirt.abi import seccomp
+from kvmi_libvirt.abi.kvmi import KVM_CREATE_VM
+from kvmi_libvirt.abi.x86_64 import NR_CLOSE, NR_IOCTL, NR_POLL, NR_RECVMSG
+from kvmi_libvirt.emulator import launch
+from kvmi_libvirt.emulator.filter import KVM_CREATE_VCPU, filter_program
 from kvmi_libvirt.emulator.launch import find_program, wrapper_abi
+from kvmi_libvirt.emulator.memory import (
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_SET_USER_MEMORY_REGION2,
+)
 from kvmi_libvirt.emulator.process import FdKind, fd_kind
 from kvmi_libvirt.emulator.revisions import EMULATED
 from kvmi_libvirt.errors import EmulatorError, KvmiLibvirtError
@@ -98,23 +108,65 @@ def test_fd_when_its_link_is_read_then_its_kind_is_known(
     assert fd_kind(link, stand_in=True) is stand_in_kind
 
 
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+
+
+def embedded_filters() -> dict[str, str]:
+    """Return what the wrapper's script holds for each revision."""
+    text = (SCRIPTS / "kvmi-emulated-qemu").read_text(encoding="utf-8")
+    found = {}
+    for name, block in re.findall(r"^(v\d+)\)\n((?:\tfilter=\S+\n)+)", text, re.MULTILINE):
+        found[name] = re.sub(r"\s|filter=|\$\{filter\}", "", block)
+    return found
+
+
 @pytest.mark.parametrize("abi", EMULATED, ids=lambda abi: abi.name)
-def test_quick_filter_when_compared_with_the_program_then_equal(abi: KvmiAbi) -> None:
+def test_script_s_filter_when_compared_with_the_program_then_equal(abi: KvmiAbi) -> None:
     program = b"".join(bytes(step) for step in filter_program(abi))
 
-    assert quick.FILTERS[abi.name] == program.hex()
+    assert embedded_filters()[abi.name] == program.hex()
 
 
-def test_quick_wrapper_when_compared_with_the_careful_one_then_it_says_the_same() -> None:
-    assert list(quick.FILTERS) == [abi.name for abi in EMULATED]
-    assert EMULATED[0].name == quick.DEFAULT_REVISION
-    assert quick.DEFAULT_QEMU == launch.DEFAULT_QEMU
-    assert quick.TRACE_DIRECTORY == launch.TRACE_DIRECTORY
-    assert quick.FAULT_VARIABLE == launch.FAULT_VARIABLE
+def test_script_when_compared_with_the_launcher_then_it_says_the_same() -> None:
+    text = (SCRIPTS / "kvmi-emulated-qemu").read_text(encoding="utf-8")
+
+    assert list(embedded_filters()) == [abi.name for abi in EMULATED]
+    assert f"\nrevision={EMULATED[0].name}\n" in text
+    assert f"${{{launch.QEMU_VARIABLE}:-{launch.DEFAULT_QEMU}}}" in text
+    assert f"${{{launch.FAULT_VARIABLE}:-}}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NOTIF_RECV", seccomp.SECCOMP_IOCTL_NOTIF_RECV),
+        ("NOTIF_SEND", seccomp.SECCOMP_IOCTL_NOTIF_SEND),
+        ("NOTIF_ID_VALID", seccomp.SECCOMP_IOCTL_NOTIF_ID_VALID),
+        ("NOTIF_SET_FLAGS", seccomp.SECCOMP_IOCTL_NOTIF_SET_FLAGS),
+        ("SYNC_WAKE_UP", seccomp.SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP),
+        ("NEW_LISTENER", seccomp.SECCOMP_FILTER_FLAG_NEW_LISTENER),
+        ("WAIT_KILLABLE_RECV", seccomp.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV),
+        ("PR_SET_NO_NEW_PRIVS", seccomp.PR_SET_NO_NEW_PRIVS),
+        ("PR_SET_PTRACER", seccomp.PR_SET_PTRACER),
+        *(("CREATE_VM", KVM_CREATE_VM), ("CREATE_VCPU", KVM_CREATE_VCPU)),
+        ("SET_USER_MEMORY_REGION", KVM_SET_USER_MEMORY_REGION),
+        ("SET_USER_MEMORY_REGION2", KVM_SET_USER_MEMORY_REGION2),
+        *(("EACCES", errno.EACCES), ("EBUSY", errno.EBUSY), ("EINVAL", errno.EINVAL)),
+        *(("IOCTL", NR_IOCTL), ("SECCOMP", linux._SYS_SECCOMP), ("CLOSE", NR_CLOSE)),
+        *(("POLL", NR_POLL), ("RECVMSG", NR_RECVMSG)),
+    ],
+)
+def test_script_s_number_when_compared_with_the_kernel_s_then_equal(name: str, value: int) -> None:
+    text = (SCRIPTS / "kvmi-emulated-qemu").read_text(encoding="utf-8")
+    numbers: dict[str, int] = {}
+    for names, values in re.findall(r"^my \((\$[A-Z][^)]*)\) = \(([^)]*)\);", text, re.MULTILINE):
+        each = [int(value, 0) for value in values.split(", ")]
+        numbers.update(zip(names.replace("$", "").split(", "), each, strict=True))
+
+    assert numbers[name] == value
 
 
 def test_wrapper_scripts_when_compared_then_they_are_one() -> None:
-    scripts = Path(__file__).parents[3] / "scripts"
-    texts = {path.read_text(encoding="utf-8") for path in scripts.glob("kvmi-emulated-qemu*")}
-
-    assert len(texts) == 1
+    assert {path.resolve().name for path in SCRIPTS.glob("kvmi-emulated-qemu*")} == {
+        "kvmi-emulated-qemu"
+    }

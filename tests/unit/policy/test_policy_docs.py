@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import test_policy_bounds
 
 from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS
-from kvmi_libvirt.policy import document, shape, shapes
+from kvmi_libvirt.policy import document, facts, secret, shape, shapes
 from kvmi_libvirt.policy.element import parse_domain
 from kvmi_libvirt.policy.groups import GROUPS
 from kvmi_libvirt.policy.profile import SHIPPED
@@ -50,9 +51,16 @@ def test_limits_are_the_real_ones() -> None:
         document.MAX_ATTRIBUTES,
         document.MAX_NAMESPACES,
         document.MAX_DEPTH,
+        document.MAX_BYTES >> 20,
         shape.MAX_ELEMENTS,
+        shape.MAX_FINDINGS,
+        facts.MAX_EXTRA_SPECS,
+        facts.MAX_NAME_LEN,
+        secret.MAX_SECRET_BYTES,
+        test_policy_bounds.LIMIT_S,
+        test_policy_bounds.LIMIT_MIB,
     ):
-        assert f"{limit:,}" in limits
+        assert re.search(rf"(?<![\d,]){limit:,g}(?![\d,])", limits), limit
 
 
 def test_every_group_and_profile_has_its_threat_in_one_line() -> None:

@@ -140,21 +140,29 @@ def test_domain_and_bare_element_mean_the_same(policy: Policy) -> None:
     assert parse_document(domain(element), source="x") == policy
 
 
-@given(st.binary() | st.text().map(str.encode) | strategies.near_elements().map(str.encode))
+@given(
+    st.binary()
+    | st.text().map(str.encode)
+    | strategies.near_elements().map(str.encode)
+    | strategies.near_elements().map(domain)
+)
 @example(domain(ELEMENT))
-@settings(deadline=None, max_examples=300)
-def test_arbitrary_bytes_give_a_policy_none_or_a_policy_error(data: bytes) -> None:
+@example(b"\xff\xfe")
+@settings(deadline=None, max_examples=400)
+def test_arbitrary_bytes_give_a_policy_none_or_an_error_with_a_line(data: bytes) -> None:
+    lines = data.count(b"\n") + data.count(b"\r") + 1
     for parser in (parse_document, parse_domain):
+        error: PolicyError | None = None
+        result: Policy | Domain | None = None
         try:
             result = parser(data, source="some file")
-        except PolicyError as error:
-            result = None
-            text = str(error)
-        else:
-            text = "some file:"
+        except PolicyError as caught:
+            error = caught
         assert result is None or isinstance(result, (Policy, Domain))
-        assert text.startswith("some file")
-        assert text.isprintable()
+        if error is not None:
+            assert error.line in range(1, lines + 1)
+            assert str(error).startswith(f"some file:{error.line}: ")
+            assert str(error).isprintable()
 
 
 def test_facts_of_a_domain() -> None:
@@ -232,7 +240,10 @@ def test_status_file_of_libvirt_is_a_domain() -> None:
     [
         ("<network/>", "root element is <network>, not <domain>"),
         ("<domstatus/>", "root element is <domstatus>, not <domain>"),
-        ("<domain xmlns='urn:x'/>", "root element is <domain>, not <domain>"),
+        (
+            "<domain xmlns='urn:x'/>",
+            '<domain> is of namespace "urn:x"; libvirt has none, remove it',
+        ),
         (ELEMENT, "root element is <introspection>, not <domain>"),
     ],
 )
@@ -246,6 +257,7 @@ def test_parse_domain_refuses_other_documents(root: str, reason: str) -> None:
     ("root", "reason"),
     [
         ("<network/>", "root element is <network>; expected <domain> or <introspection xmlns="),
+        ("<d:domain xmlns:d='urn:x'/>", "<d:domain> is of namespace"),
         ("<introspection/>", "has no namespace; write <kvmi:introspection xmlns:kvmi="),
         ("<introspection xmlns='urn:x'/>", f'is of namespace "urn:x"; write "{NAMESPACE}"'),
         (f"<introspection xmlns='{NAMESPACE[:-3]}9.9'/>", "this version knows only"),

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from kvmi_libvirt.errors import PolicyError, PolicyRefused
 from kvmi_libvirt.policy import rules
 from kvmi_libvirt.policy.element import Domain, parse_domain
+from kvmi_libvirt.policy.facts import Identity
+from kvmi_libvirt.policy.findings import Severity
 from kvmi_libvirt.policy.globs import matches, path_matches
 from kvmi_libvirt.policy.host import (
     HOST_POLICY_PATH,
@@ -22,7 +24,8 @@ from kvmi_libvirt.policy.host import (
     load_host_policy,
     parse_host_policy,
 )
-from kvmi_libvirt.policy.limits import Ceiling
+from kvmi_libvirt.policy.limits import Assignment, Ceiling, Match
+from kvmi_libvirt.policy.lint import lint
 from kvmi_libvirt.policy.model import (
     NAMESPACE,
     Mode,
@@ -33,7 +36,7 @@ from kvmi_libvirt.policy.model import (
     UnixSource,
     VsockSource,
 )
-from kvmi_libvirt.policy.resolve import decide, permit, resolve, trim
+from kvmi_libvirt.policy.resolve import decide, decide_for, permit, resolve, trim
 
 UUID = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
 PROJECT = "b1d2c3e4f5a647b8a9c0d1e2f3a4b5c6"
@@ -153,6 +156,30 @@ def test_request_above_the_ceiling_is_cut_where_the_host_says_so() -> None:
     cut = permit(asking(READ, WRITE), host(CEILING.format(' excess="trim"')), source="x")
     assert cut.commands.allowed == {READ}
     assert cut.commands.why[WRITE].rule.startswith("cut by the ceiling")
+    assert cut.commands.cut == {WRITE}
+    assert not cut.events.cut
+
+
+def test_check_warns_of_what_the_ceiling_will_cut() -> None:
+    element = (
+        f'<introspection xmlns="{NAMESPACE}">{SOURCE}<commands>\n<allow name="{READ}"/>\n'
+        f'<allow name="{WRITE}"/></commands></introspection>'
+    )
+    trimming = host(CEILING.format(' excess="trim"'))
+    report = lint(element.encode(), source="x", host=trimming)
+    (finding,) = report.findings
+    assert (finding.severity, finding.line) == (Severity.WARNING, 3)
+    told = f"{WRITE} is above this host's ceiling (host-policy.xml:2); not granted here"
+    assert finding.message == told
+    assert report.policy is not None
+    # The same for what the host itself assigns: it holds, but not as it is written.
+    assign = (
+        f'<assign><match name="x"/>{SOURCE}<commands><allow name="{WRITE}"/></commands></assign>'
+    )
+    inner = CEILING.format(' excess="trim"') + assign
+    xml = f'<host-policy xmlns="{NAMESPACE}">{inner}</host-policy>'
+    (finding,) = lint(xml.encode(), source="host-policy.xml", host=HostPolicy()).findings
+    assert (finding.severity, finding.message) == (Severity.WARNING, told)
 
 
 def test_everything_is_above_every_ceiling_that_is_not_everything() -> None:
@@ -258,6 +285,46 @@ def test_vmid_of_a_proxmox_machine_is_a_selector() -> None:
     assert resolve(dataclasses.replace(machine, vmid=105), some) is None
 
 
+@pytest.mark.parametrize(
+    ("match", "who", "fits"),
+    [
+        ('proxmox-vmid="104"', Identity(vmid=104), True),
+        ('proxmox-vmid="104"', Identity(vmid=1040), False),
+        ('proxmox-vmid="104"', Identity(name="104", uuid=UUID), False),
+        ('name="db-*"', Identity(vmid=104, name="db-1"), True),
+        ('name="db-*"', Identity(vmid=104), False),
+        (f'uuid="{UUID}"', Identity(vmid=104, uuid=UUID.upper().replace("-", "")), True),
+        (f'uuid="{UUID}"', Identity(vmid=104), False),
+        ('proxmox-vmid="104" name="db-*"', Identity(vmid=104, name="web"), False),
+        ('nova-flavor="*"', Identity(vmid=104, name="db-1", uuid=UUID), False),
+    ],
+)
+def test_machine_without_domain_xml_gets_what_the_host_assigns(
+    match: str, who: Identity, fits: bool
+) -> None:
+    some = host(f'<assign mode="required"><match {match}/>{SOURCE}</assign>')
+    policy = decide_for(who, some)
+    assert policy == (some.assignments[0].policy if fits else None)
+
+
+def test_machine_without_domain_xml_is_held_against_the_ceiling_too() -> None:
+    # parse_host_policy() refuses such a file; a host policy built otherwise must not slip by.
+    limit = Ceiling(commands=Rights(allowed=frozenset({READ})), events=Rights(), trim=True)
+    assigned = Assignment(matches=(Match(proxmox_vmid=104),), policy=asking(READ, WRITE))
+    some = HostPolicy(assignments=(assigned,), ceiling=limit, kernel_abi="v7")
+    policy = decide_for(Identity(vmid=104), some)
+    assert policy is not None
+    assert policy.commands.allowed == {READ}
+    assert policy.kernel_abi == "v7"
+    strict = dataclasses.replace(some, ceiling=dataclasses.replace(limit, trim=False))
+    with pytest.raises(PolicyRefused, match=f"{WRITE} is above this host's ceiling"):
+        decide_for(Identity(vmid=104), strict)
+
+
+def test_machine_without_domain_xml_gets_nothing_on_a_host_without_a_policy() -> None:
+    assert decide_for(Identity(vmid=104, name="db-1", uuid=UUID), HostPolicy()) is None
+
+
 def test_nova_metadata_elsewhere_than_libvirt_keeps_it_does_not_count() -> None:
     nested = f'<x:y xmlns:x="urn:x">{NEW}</x:y>'
     some = host(f'<assign><match nova-flavor="*"/>{SOURCE}</assign>')
@@ -324,6 +391,12 @@ def test_file_in_a_directory_that_others_can_write_is_refused(tmp_path: Path) ->
     tmp_path.chmod(0o777)
     with pytest.raises(PolicyRefused, match="its directory is writable by others"):
         load_host_policy(path, owner=OWNER)
+    # Whoever can write there can have taken a file away, and its limits with it.
+    path.unlink()
+    with pytest.raises(PolicyRefused, match="its directory is writable by others"):
+        load_host_policy(path, owner=OWNER)
+    tmp_path.chmod(0o755)
+    assert load_host_policy(path, owner=OWNER) == HostPolicy()
 
 
 @pytest.mark.parametrize("kind", ["directory", "dangling link", "link", "pipe", "below a file"])
@@ -358,11 +431,12 @@ def test_wrong_file_is_never_passed_over(tmp_path: Path, text: str) -> None:
 
 @given(st.binary() | strategies.near_elements(strategies.ROOTS[1:]).map(str.encode))
 @settings(deadline=None, max_examples=200)
-def test_arbitrary_bytes_give_a_host_policy_or_a_policy_error(data: bytes) -> None:
-    told = "some file"
+def test_arbitrary_bytes_give_a_host_policy_or_an_error_with_a_line(data: bytes) -> None:
+    error: PolicyError | None = None
     try:
         assert isinstance(parse_host_policy(data, source="some file"), HostPolicy)
-    except PolicyError as error:
-        told = str(error)
-    assert told.startswith("some file")
-    assert told.isprintable()
+    except PolicyError as caught:
+        error = caught
+    if error is not None:
+        assert str(error).startswith(f"some file:{error.line or 0}: ")
+        assert str(error).isprintable()

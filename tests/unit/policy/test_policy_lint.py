@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvmi_libvirt.errors import PolicyError
 from kvmi_libvirt.policy.element import parse_document
 from kvmi_libvirt.policy.findings import Severity
-from kvmi_libvirt.policy.host import HostPolicy
+from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
 from kvmi_libvirt.policy.lint import Report, lint
 from kvmi_libvirt.policy.model import NAMESPACE
 from kvmi_libvirt.policy.resolve import permit
@@ -121,6 +121,18 @@ def test_all_findings_are_told_by_line() -> None:
         (4, ERROR),
         (5, ERROR),
     ]
+
+
+def test_domain_that_cannot_be_matched_is_told_where_the_host_assigns_something() -> None:
+    wrong = "<domain><name>web1</name><uuid>x</uuid></domain>"
+    assert linted(wrong).findings == ()
+    text = (
+        f'<host-policy xmlns="{NAMESPACE}"><assign><match name="web*"/>{SOURCE}</assign>'
+        "</host-policy>"
+    )
+    host = parse_host_policy(text.encode(), source="hp.xml")
+    (finding,) = lint(wrong.encode(), source="x", host=host).findings
+    assert (finding.severity, "no UUID" in finding.message) == (ERROR, True)
 
 
 def test_policy_is_given_only_without_errors() -> None:

@@ -37,6 +37,10 @@ def deny(name: str, *, line: int | None = None) -> Rule:
     return Rule(action=Action.DENY, name=name, line=line)
 
 
+def group(action: Action, *, line: int | None = None, is_base: bool = False) -> Rule:
+    return Rule(action=action, group="memory-read", line=line, is_base=is_base)
+
+
 def weighed(*rules: Rule, default_allow: bool = False) -> Rights:
     return weigh(rules, COMMANDS, default_allow=default_allow)[0]
 
@@ -135,6 +139,26 @@ def test_commands_and_events_share_no_name() -> None:
         ("zzz", EVENTS, "unknown event \"zzz\"; 'kvmi-libvirt names' lists every event"),
         ("vcpu_event_pf", COMMANDS, "KVMI_VCPU_EVENT_PF is no command; move the rule to <events>"),
         ("vm_get_info", EVENTS, "KVMI_VM_GET_INFO is no event; move the rule to <commands>"),
+        ("cr", EVENTS, 'unknown event "cr"; did you mean KVMI_VCPU_EVENT_CR?'),
+        ("pause", COMMANDS, 'unknown command "pause"; did you mean KVMI_VM_PAUSE_VCPU?'),
+        ("vcpu", COMMANDS, "unknown command \"vcpu\"; 'kvmi-libvirt names' lists every command"),
+        ("Query", EVENTS, '"Query" is a group; write group="query" in place of name='),
+        (
+            "VCPU_EVENT_BREAKPIONT",
+            COMMANDS,
+            (
+                'unknown command "VCPU_EVENT_BREAKPIONT"; did you mean the event '
+                "KVMI_VCPU_EVENT_BREAKPOINT? write it in <events>"
+            ),
+        ),
+        (
+            "vm_read_physcal",
+            EVENTS,
+            (
+                'unknown event "vm_read_physcal"; did you mean the command '
+                "KVMI_VM_READ_PHYSICAL? write it in <commands>"
+            ),
+        ),
         (
             "vcpu_pause",
             COMMANDS,
@@ -191,6 +215,16 @@ def test_allowing_what_is_always_allowed_changes_nothing_and_warns(name: str) ->
             1,
             "optional here but not on line 2",
         ),
+        (
+            (group(Action.DENY, line=1), group(Action.ALLOW, line=2)),
+            2,
+            "group memory-read is allowed here and denied on line 1; deny wins",
+        ),
+        (
+            (group(Action.DENY, is_base=True), group(Action.ALLOW, line=2)),
+            2,
+            "denied by the profile; deny wins",
+        ),
     ],
 )
 def test_pointless_rules_get_one_warning_each(
@@ -199,6 +233,10 @@ def test_pointless_rules_get_one_warning_each(
     (finding,) = found(*rules)
     assert (finding.severity, finding.line) == (Severity.WARNING, line)
     assert message in finding.message
+
+
+def test_taking_a_group_away_from_a_profile_is_no_reason_to_warn() -> None:
+    assert found(group(Action.ALLOW, is_base=True), group(Action.DENY, line=2)) == []
 
 
 def test_denying_what_the_default_denies_is_no_reason_to_warn() -> None:

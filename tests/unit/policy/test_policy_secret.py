@@ -88,6 +88,24 @@ def _prove(proof: bytes) -> None:
         introspect._require_secret(ours, Answer(cookie_hash=proof), SECRET, policy, domain)
 
 
+def test_proof_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of timing nothing can be tested; that the comparison made for it decides alone can.
+    compared = []
+
+    def compare(ours: bytes, theirs: bytes) -> bool:
+        compared.append((ours, theirs))
+        return ours != theirs
+
+    monkeypatch.setattr("kvmi_libvirt.introspect.hmac.compare_digest", compare)
+    _prove(b"p" * 20)
+    with pytest.raises(HandshakeRefused):
+        _prove(cookie_hash(SECRET))
+    assert compared == [
+        (cookie_hash(SECRET), b"p" * 20),
+        (cookie_hash(SECRET), cookie_hash(SECRET)),
+    ]
+
+
 def test_tool_that_knows_the_secret_is_accepted() -> None:
     _prove(cookie_hash(SECRET))
 

@@ -86,6 +86,45 @@ def test_every_finding_is_one_printable_line(text: str) -> None:
         assert finding.line is not None
 
 
+@pytest.mark.parametrize(
+    ("rule", "write"),
+    [
+        ('name="memory-read"', 'write group="memory-read"'),
+        ('name="memory-reed"', "write name= with one of the names"),
+        ('name="vm-get info"', 'write name="VM_GET_INFO"'),
+        ('name="kvmi-vm-get-info"', 'write name="KVMI_VM_GET_INFO"'),
+        ('group="Memory_Read"', 'write group="memory-read"'),
+        ('group="KVMI_VM_GET_INFO"', 'write name="KVMI_VM_GET_INFO"'),
+        ('group="KVMI_X"', "write group= with one of query, "),
+    ],
+)
+def test_group_and_name_in_each_others_place_are_told_so(rule: str, write: str) -> None:
+    (finding,) = shape_findings(element(f"{SOURCE}<commands><allow {rule}/></commands>"))
+    assert write in finding.message
+
+
+@pytest.mark.parametrize(
+    ("inner", "home"),
+    [
+        ("<reconnect enabled='yes'/>", "<source>"),
+        ("<allow name='VM_GET_INFO'/>", "<commands> or <events>"),
+        ("<commands><handshake timeout='1'/></commands>", "<introspection>"),
+        ("<introspection/>", None),
+        ("<match name='x'/>", None),  # that is for a host's policy
+    ],
+)
+def test_element_in_the_wrong_place_is_told_where_it_belongs(inner: str, home: str | None) -> None:
+    (finding,) = shape_findings(element(SOURCE + inner))
+    assert ("move it to" in finding.message) == (home is not None)
+    assert home is None or finding.message.endswith(f"; move it to {home}")
+
+
+def test_element_in_a_host_policy_is_told_where_it_belongs_there() -> None:
+    text = f'<p:host-policy xmlns:p="{NAMESPACE}"><p:source/></p:host-policy>'
+    (finding,) = shape_findings(parse(text.encode(), source="x"))
+    assert finding.message.endswith("; move it to <p:assign>")
+
+
 def defines_of(name: str) -> dict[str | None, etree._Element]:
     return {
         d.get("name"): d for d in etree.parse(str(data_file(name))).getroot().iter(f"{RNG}define")
@@ -150,30 +189,35 @@ def test_only_a_source_and_a_match_are_compulsory() -> None:
         (
             SOURCE,
             ' mod="required"',
-            'unknown attribute "mod" on <introspection>; allowed: mode, profile',
+            'unknown attribute "mod" on <introspection>; did you mean mode?',
         ),
         (
             SOURCE,
             ' xml:lang="en"',
-            'unknown attribute "xml:lang" on <introspection>; allowed: mode, profile',
+            'unknown attribute "xml:lang" on <introspection>; allowed: mode, profile, early',
         ),
         (
             SOURCE,
             ' xmlns:f="u" f:mode="required"',
-            'unknown attribute "f:mode" on <introspection>; allowed: mode, profile',
+            'unknown attribute "f:mode" on <introspection>; did you mean mode?',
         ),
         (
             '<sours type="unix" path="/x"/>',
             "",
+            "unknown element <sours> in <introspection>; did you mean source?",
+        ),
+        (
+            f"{SOURCE}<rights/>",
+            "",
             (
-                "unknown element <sours> in <introspection>; "
+                "unknown element <rights> in <introspection>; "
                 "allowed: source, secret, handshake, unhook, commands, events"
             ),
         ),
         (
             '<source type="unix" pth="/x"/>',
             "",
-            'unknown attribute "pth" on <source>; allowed: type, path',
+            'unknown attribute "pth" on <source>; did you mean path?',
         ),
         (
             '<source type="tcp" host="::1" path="/x"/>',

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judge the security modules, /dev/kvm and the kernel. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from kvmi_libvirt.abi.probing import Outcome
+from kvmi_libvirt.doctor.report import Check
+from kvmi_libvirt.quoting import shortened
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmi_libvirt.doctor.facts import KernelFacts, KvmFacts, LibvirtFacts, SecurityFacts
+    from kvmi_libvirt.doctor.report import Line
+
+EMULATE: Final = (
+    "to try it without one, name a kvmi-emulated-qemu as <emulator> of a domain, or use "
+    "'kvmi-libvirt emulate'"
+)
+
+
+# -- what may forbid it --------------------------------------------------------------------
+
+
+def check_security(security: SecurityFacts, libvirt: LibvirtFacts) -> Iterator[Line]:
+    """Yield what Yama, AppArmor and SELinux say."""
+    if not security.is_root:
+        yield Check("root", "that this is run by root").warn(
+            "much cannot be seen by others", "sudo kvmi-libvirt doctor"
+        )
+    yield _yama(security)
+    yield from _apparmor(security, libvirt)
+    yield from _selinux(security)
+    if security.refusals:
+        yield Check("refusals", "for refusals by AppArmor or SELinux").warn(
+            f"the log has: {shortened(security.refusals[-1], 200)}",
+            "if that is not old, our rules for it are missing",
+        )
+
+
+def _yama(security: SecurityFacts) -> Line:
+    found = Check("yama", "that Yama lets root trace processes")
+    if security.yama == 3:
+        return found.fail(
+            "kernel.yama.ptrace_scope is 3: nobody traces anything until the next boot",
+            "set it to 0, 1 or 2 in /etc/sysctl.d/, then reboot",
+        )
+    if security.yama is None:
+        return found.passed("the kernel has no Yama")
+    return found.passed(f"ptrace_scope {security.yama}")
+
+
+def _apparmor(security: SecurityFacts, libvirt: LibvirtFacts) -> Iterator[Line]:
+    found = Check("apparmor", "for our AppArmor rules")
+    if not security.apparmor:
+        yield found.passed("AppArmor is off")
+        return
+    labels = {daemon.label for daemon in libvirt.daemons}
+    confined = sorted(label for label in labels if label.endswith("(enforce)"))
+    if not confined:
+        yield found.passed("libvirt is not confined")
+    elif security.apparmor_rules:
+        yield found.passed(
+            f"{', '.join(security.apparmor_rules)}; whether they are loaded cannot be seen, "
+            "'systemctl reload apparmor' loads them, for VMs that start then"
+        )
+    else:
+        yield found.warn(
+            f"libvirt is confined ({confined[0]}), and no rule of ours is in /etc/apparmor.d: a "
+            "tool's socket may be refused to QEMU's threads",
+            "see /usr/share/kvmi-libvirt/apparmor, or packaging/apparmor in the source",
+        )
+
+
+def _selinux(security: SecurityFacts) -> Iterator[Line]:
+    found = Check("selinux", "for our SELinux module")
+    if security.selinux is None:
+        yield found.passed("SELinux is off")
+        return
+    if security.deny_ptrace:
+        yield Check("selinux-ptrace", "that SELinux lets root trace processes").fail(
+            "the boolean deny_ptrace is on: no process may be traced",
+            "setsebool -P deny_ptrace off",
+        )
+    if security.selinux_module:
+        yield found.passed(f"{security.selinux}, module installed")
+    elif security.selinux_module is None:
+        yield found.warn(f"{security.selinux}; the installed modules cannot be read", "run as root")
+    elif security.selinux == "permissive":
+        yield found.warn("permissive, and our module is not installed: enforcing, it may refuse")
+    else:
+        yield found.warn(
+            "enforcing, and our module is not installed: libvirt may not execute the hook, or "
+            "the hook may not trace QEMU",
+            "see packaging/selinux; 'ausearch -m avc -ts recent' says what was refused",
+        )
+
+
+# -- the kernel ----------------------------------------------------------------------------
+
+
+def check_kernel(kernel: KernelFacts, kvm: KvmFacts, *, excuse: str | None) -> Iterator[Line]:
+    """Yield whether this kernel can do it.
+
+    Parameters
+        excuse  why a kernel without KVMI will do all the same, None when it will not
+    """
+    yield from _device(kvm)
+    if not kernel.has_pidfd_getfd:
+        yield Check("pidfd", "for pidfd_getfd in the kernel").fail(
+            "the kernel is older than Linux 5.6: no socket can be passed to QEMU",
+            "boot a newer one",
+        )
+    if not kernel.has_sock_diag:
+        yield Check("sock-diag", "that the kernel tells of unix sockets").warn(
+            "it has no unix_diag: nobody notices when a tool goes away", "modprobe unix_diag"
+        )
+    found = Check("kvmi", "for KVMI in the kernel")
+    if kernel.outcome is Outcome.FOUND:
+        yield found.passed(kernel.why)
+    elif excuse is not None:
+        yield found.warn(kernel.problem or kernel.why, excuse)
+    elif kernel.outcome is None:
+        yield found.fail(
+            f"{kernel.problem}, so the kernel cannot be asked", "see /dev/kvm; run as root"
+        )
+    elif kernel.outcome is Outcome.ABSENT:
+        yield found.fail(kernel.why, EMULATE)
+    else:
+        yield found.fail(kernel.why)
+    if kernel.parameter is not None:
+        yield _parameter(kernel.parameter, excuse)
+
+
+def _parameter(parameter: str, excuse: str | None) -> Line:
+    found = Check("kvmi-parameter", "kvm.introspection")
+    if parameter in ("Y", "1"):
+        return found.passed(parameter)
+    told = f"it is {parameter}: KVM introspection is switched off"
+    if excuse is not None:
+        return found.warn(told, excuse)
+    return found.fail(told, "boot with kvm.introspection=1, or load kvm with introspection=1")
+
+
+def _device(kvm: KvmFacts) -> Iterator[Line]:
+    found = Check("dev-kvm", "/dev/kvm")
+    access = kvm.access
+    if access is None:
+        yield found.fail(
+            "/dev/kvm is not there: no VM can use KVM",
+            "switch virtualization on in the firmware; modprobe kvm_intel, or kvm_amd",
+        )
+    elif kvm.may_open is False:
+        yield found.fail(
+            f"libvirt runs QEMU as {kvm.user}, who may not open it ({access.describe()})",
+            f"chgrp kvm {access.path}; chmod 0660 {access.path}",
+        )
+    elif kvm.may_open is None:
+        yield found.passed(f"{access.describe()}; who may open it cannot be told")
+    else:
+        yield found.passed(f"{access.describe()}, open to {kvm.user}")

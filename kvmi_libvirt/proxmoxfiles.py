@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Proxmox VE node's files say of one VM: its policy and its configuration.
+
+May import ``policy``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kvmi_libvirt.errors import PolicyError
+from kvmi_libvirt.policy.document import MAX_BYTES, parse
+from kvmi_libvirt.policy.element import parse_document
+from kvmi_libvirt.policy.facts import Identity
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH, HostPolicy, load_host_policy
+from kvmi_libvirt.policy.model import Mode
+from kvmi_libvirt.policy.resolve import decide_for, permit
+from kvmi_libvirt.policy.trusted import ROOT, read_trusted
+
+if TYPE_CHECKING:
+    from kvmi_libvirt.policy.model import Policy
+
+logger = logging.getLogger(__name__)
+
+CLUSTER_DIR: Final = Path("/etc/pve/kvmi")
+"""On pmxcfs: root's and group www-data's alone, mode 0640 whatever chmod says."""
+
+_MAX_CONFIG_LEN: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where everything lies on a node; tests have another.
+
+    Parameters
+        host_policy  this node's, and if there is none, the cluster's
+        elements     directories with VMID.xml; the first that has one counts
+        run          pidfiles and monitors
+        configs      of the VMs on this node
+        owner        whose the files of policy must be
+        kvm          the QEMU that machines run in
+    """
+
+    host_policy: tuple[Path, ...] = (HOST_POLICY_PATH, CLUSTER_DIR / "host-policy.xml")
+    elements: tuple[Path, ...] = (Path("/etc/kvmi-libvirt/proxmox"), CLUSTER_DIR)
+    run: Path = Path("/var/run/qemu-server")
+    configs: Path = Path("/etc/pve/qemu-server")
+    owner: int = ROOT
+    kvm: Path = Path("/usr/bin/kvm")
+
+
+class Files:
+    """The files about one VM.
+
+    Parameters
+        vmid    the VM's number
+        places  of this node
+    """
+
+    def __init__(self, vmid: int, places: Places) -> None:
+        """Nothing is read yet."""
+        self._vmid = vmid
+        self._places = places
+
+    def _host(self) -> HostPolicy:
+        own, cluster = self._places.host_policy
+        # A link that leads nowhere is there as well: it will be refused, not passed over.
+        path = own if os.path.lexists(own) else cluster
+        return load_host_policy(path, owner=self._places.owner)
+
+    def policy(self) -> Policy | None:
+        """Return the policy the VM has on this node, or None for no introspection.
+
+        An assignment of the host's policy comes before the VM's own element.
+
+        Raises
+            PolicyError  there is one that is wrong, or not to be trusted
+        """
+        host = self._host()
+        # By its number alone: a VM's name, description, tags and SMBIOS UUID can be
+        # changed by those who were given rights on it.
+        assigned = decide_for(Identity(name=str(self._vmid), vmid=self._vmid), host)
+        if assigned is not None:
+            return assigned
+        path, data = self._element()
+        policy = None if data is None else parse_document(data, source=path)
+        return None if policy is None else permit(policy, host, source=path)
+
+    def _element(self) -> tuple[str, bytes | None]:
+        for directory in self._places.elements:
+            path = directory / f"{self._vmid}.xml"
+            data = read_trusted(path, limit=MAX_BYTES, owner=self._places.owner)
+            if data is not None:
+                return str(path), data
+        return "", None
+
+    def demand(self) -> Mode | None:
+        """Return the mode of a policy that is wrong, as its element says all the same.
+
+        None when that cannot be told either.
+        """
+        try:
+            path, data = self._element()
+            root = None if data is None else parse(data, source=path)
+        except PolicyError:
+            return None
+        if root is None:
+            return None
+        is_optional = root.get("mode") in (None, Mode.OPTIONAL.value)
+        return Mode.OPTIONAL if is_optional else Mode.REQUIRED
+
+    def config(self) -> dict[str, str]:
+        """Return the VM's configuration; nothing where it cannot be read."""
+        path = self._places.configs / f"{self._vmid}.conf"
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text = file.read(_MAX_CONFIG_LEN)
+        except OSError as error:
+            logger.warning("VM %d: cannot read %s: %s", self._vmid, path, error.strerror)
+            return {}
+        return parse_config(text)
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """Return the settings of a VM's configuration, without pending ones and snapshots."""
+    settings = {}
+    for line in text.splitlines():
+        if line.startswith("["):
+            break
+        key, colon, value = line.partition(":")
+        if colon and not line.startswith("#"):
+            settings[key.strip()] = value.strip()
+    return settings

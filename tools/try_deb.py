@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make test-deb``: install the Debian package in a clean Debian, use it, take it away.
+
+What ``tools/make-deb`` built is installed by apt in a new debootstrap directory, from
+where ``packaging/debian/tests/installed`` runs. Then what a package owes its
+administrator: what was changed by hand stays, what was removed by hand stays away,
+and after a purge nothing is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from container import Container, ContainerError, container
+
+ROOT = Path(__file__).resolve().parent.parent
+HOOK = "etc/libvirt/hooks/qemu.d/50-kvmi-libvirt"
+POLICY = "etc/kvmi-libvirt/host-policy.xml"
+REMINDER = "systemctl reload libvirtd"
+
+
+def main() -> int:
+    """Run it all; return 0 when everything was as it should be."""
+    parser = argparse.ArgumentParser(description="test the Debian package in a clean Debian")
+    parser.add_argument("--base", type=Path, help="copy this debootstrap directory, not a new one")
+    args = parser.parse_args()
+    started_at = time.monotonic()
+    try:
+        packages = list((ROOT / "dist").glob("kvmi-libvirt_*_all.deb"))
+        if len(packages) != 1:
+            raise ContainerError("not one package in dist/: make deb")
+        say("making a clean Debian")
+        with container(base=args.base) as debian:
+            run_all(debian, packages[0])
+    except ContainerError as error:
+        print(f"test-deb: {error}", file=sys.stderr)
+        return 1
+    say(f"done in {time.monotonic() - started_at:.0f} s")
+    return 0
+
+
+def run_all(debian: Container, package: Path) -> None:
+    """Everything that can be seen of the package, in the order of an installation's life."""
+    shutil.copy(package, debian.root / "srv/kvmi-libvirt.deb")
+    shutil.copy(ROOT / "packaging/debian/tests/installed", debian.root / "srv/installed")
+    debian.run("apt-get", "update", "-qq", network=True)
+    before = files(debian)
+
+    say("installing the package")
+    output = apt(debian, "install", "/srv/kvmi-libvirt.deb")
+    require((debian.root / HOOK).exists(), "the hook is installed")
+    require(REMINDER in output, "the administrator is told to reload libvirt", output)
+    require_private_secrets(debian)
+    say("using it")
+    sys.stdout.write(debian.run("/srv/installed").stdout)
+
+    say("what was changed by hand stays")
+    (debian.root / POLICY).write_text('<host-policy xmlns="urn:kvmi-libvirt:introspection:1.0"/>\n')
+    (debian.root / HOOK).write_text("#!/bin/sh\n# kvmi_libvirt.hook, outdated\n")
+    output = apt(debian, "install", "--reinstall", "/srv/kvmi-libvirt.deb")
+    require("outdated" not in (debian.root / HOOK).read_text(), "an upgrade refreshes the hook")
+    require(REMINDER not in output, "nothing has to be reloaded then", output)
+    require((debian.root / POLICY).exists(), "an upgrade keeps the host's policy")
+
+    say("what was removed by hand stays away")
+    (debian.root / HOOK).unlink()
+    apt(debian, "install", "--reinstall", "/srv/kvmi-libvirt.deb")
+    require(not (debian.root / HOOK).exists(), "an upgrade does not bring back a removed hook")
+    debian.run("kvmi-libvirt", "install")
+    require((debian.root / HOOK).exists(), "'kvmi-libvirt install' brings it back")
+
+    say("another's hook of our name is left alone")
+    (debian.root / HOOK).write_text("#!/bin/sh\n")
+    apt(debian, "install", "--reinstall", "/srv/kvmi-libvirt.deb")
+    require((debian.root / HOOK).read_text() == "#!/bin/sh\n", "a hook that is not ours stays")
+    apt(debian, "remove", "kvmi-libvirt")
+    require((debian.root / HOOK).read_text() == "#!/bin/sh\n", "also when the package goes")
+    (debian.root / HOOK).unlink()
+
+    say("removing, installing again, purging")
+    apt(debian, "install", "/srv/kvmi-libvirt.deb")
+    require(not (debian.root / HOOK).exists(), "a hook removed by hand still stays away")
+    debian.run("kvmi-libvirt", "install")
+    apt(debian, "remove", "kvmi-libvirt")
+    require(not (debian.root / HOOK).exists(), "no hook without the package that it runs")
+    require((debian.root / POLICY).exists(), "removing keeps the host's policy")
+    apt(debian, "install", "/srv/kvmi-libvirt.deb")
+    require((debian.root / HOOK).exists(), "the package's own removal is undone")
+    apt(debian, "purge", "--autoremove", "kvmi-libvirt")
+    left = sorted(files(debian) - before)
+    require(not left, "a purge leaves nothing", "\n".join(left))
+
+
+def apt(debian: Container, *arguments: str) -> str:
+    """Run apt-get, without recommended packages; return what it printed."""
+    options = ("-y", "-qq", "-o", "Dpkg::Use-Pty=0", "--no-install-recommends")
+    return debian.run("apt-get", *options, *arguments, network=True).stdout
+
+
+def files(debian: Container) -> set[str]:
+    """Return the files that could be ours, or our doing."""
+    places = ("etc/kvmi-libvirt", "etc/libvirt", "usr", "var/lib/kvmi-libvirt", "var/log")
+    names = set()
+    for place in places:
+        for path in (debian.root / place).rglob("*"):
+            text = str(path.relative_to(debian.root))
+            if "kvmi" in text or place == "etc/libvirt":
+                names.add(text)
+        if (debian.root / place).exists() and "kvmi" in place:
+            names.add(place)
+    return names
+
+
+def require_private_secrets(debian: Container) -> None:
+    """Nobody but root may look into the directory of secrets."""
+    mode = (debian.root / "etc/kvmi-libvirt/secrets").stat().st_mode & 0o7777
+    require(mode == 0o700, "the secrets' directory is root's alone", oct(mode))
+
+
+def require(holds: bool, what: str, detail: str = "") -> None:
+    """Print that *what* holds; ContainerError when it does not."""
+    if not holds:
+        raise ContainerError(f"NOT so: {what}\n{detail}".rstrip())
+    print(f"   {what}")
+
+
+def say(text: str) -> None:
+    """Print a heading."""
+    print(f"== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
