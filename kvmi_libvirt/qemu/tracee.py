@@ -125,7 +125,7 @@ class Tracee:
             self._saved = linux.ptrace_getregs(self._tid)
             self._require_parked(looked)
             self._regs = parked.call_registers(self._saved)
-            self._urgency.move_to(self._process.cpu())
+            self.hurry()
         except BaseException:
             self.release()
             raise
@@ -173,6 +173,15 @@ class Tracee:
         if objection := parked.objection(sight.wait, sight.code):
             raise busy(self._process, objection)
         self._is_parked = True
+
+    def hurry(self) -> None:
+        """Be scheduled at once, and where the thread is, while it waits for us."""
+        self._urgency.begin()
+        self._urgency.move_to(self._process.cpu())
+
+    def rest(self) -> None:
+        """Be scheduled as any process, for a pause between calls."""
+        self._urgency.end()
 
     # -- calling ---------------------------------------------------------------------
 
@@ -390,6 +399,7 @@ def hold(process: Process, *, deadline: float) -> Iterator[Tracee]:
     """
     with attach_parked(process, deadline=deadline) as tracee:
         _held[process.pid] = tracee
+        tracee.rest()
         try:
             yield tracee
         finally:
@@ -412,7 +422,11 @@ def attach_parked(process: Process, *, deadline: float) -> Iterator[Tracee]:
     try:
         if held is not None:
             held.extend_deadline(deadline)
-            yield held
+            held.hurry()
+            try:
+                yield held
+            finally:
+                held.rest()
             return
         tracee = _entered(process, deadline)
         try:
