@@ -29,11 +29,13 @@ KINDS: Final[Mapping[str, str]] = MappingProxyType(
         "FILE": "file",
         "FILE.jsonl": "file",
         "DIR": "directory",
+        "DIRECTORY": "directory",
         "URI": "uri",
         "COMMAND": "command",
         "unix:PATH": "socket",
         "PID": "nothing",
         "S": "nothing",
+        "SECONDS": "nothing",
     }
 )
 """What a value is, by the word that stands for it in the help."""

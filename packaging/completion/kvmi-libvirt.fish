@@ -54,6 +54,8 @@ complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -a get -d 'print a domain'
 complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -a set -d 'put an introspection element into a domain'"'"'s metadata'
 complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -a unset -d 'take the introspection element out of a domain'"'"'s metadata'
 complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -a status -d 'show what is hooked, with which rights'
+complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -a doctor -d 'say what is wrong with this host, or why a VM is not hooked'
+complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -a start -d 'start a VM so that no instruction of it runs unwatched'
 complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -a hook -d 'hook a running VM now'
 complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -a unhook -d 'take introspection off a running VM'
 complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -a apply -d 'move a hooked VM to the policy it has now'
@@ -101,6 +103,16 @@ complete -c kvmi-libvirt -n '__kvmi_libvirt_using unset' -a '(__kvmi_libvirt_dom
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using status' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using status' -l json -d 'print JSON'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using status' -a '(__kvmi_libvirt_domains)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -s h -l help -d 'show this help message and exit'
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -s c -l connect -d 'libvirt to ask' -r -a 'qemu:///system qemu:///session qemu+ssh:// test:///default' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -l emulated -d 'VMs here run on the emulated KVMI kernel: the host'"'"'s needs none'
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -l timeout -d 'how long libvirt may take for an answer (default: 10)' -r -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -l json -d 'print the findings as JSON'
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -a '(__kvmi_libvirt_domains)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using start' -s h -l help -d 'show this help message and exit'
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using start' -s c -l connect -d 'libvirt to ask' -r -a 'qemu:///system qemu:///session qemu+ssh:// test:///default' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using start' -l json -d 'print the state as JSON'
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using start' -a '(__kvmi_libvirt_domains)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using hook' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using hook' -s c -l connect -d 'libvirt to ask' -r -a 'qemu:///system qemu:///session qemu+ssh:// test:///default' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using hook' -l pid -d 'instead of DOMAIN: a QEMU that libvirt does not run' -r -f
@@ -157,6 +169,13 @@ complete -c kvmi-libvirt -n '__kvmi_libvirt_using emulate' -l fault -d 'let the 
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using emulate' -a '(complete -C (commandline -ct))' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using install' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using install' -l dry-run -d 'only say what would be done'
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using install' -l reload -d 'make running libvirt daemons notice'
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using install' -l root -d 'the root directory, for images and chroots (default: /)' -r -a '(__fish_complete_directories)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using install' -l prefix -d 'where man pages and completion go, below the root (default: /usr/local)' -r -a '(__fish_complete_directories)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using install' -l proxmox -d 'instead: Proxmox VE'"'"'s hookscript, in a storage'"'"'s snippets directory' -r -a '(__fish_complete_directories)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using install' -l reload -d 'make a running libvirt daemon notice, if it must'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l dry-run -d 'only say what would be done'
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l root -d 'the root directory, for images and chroots (default: /)' -r -a '(__fish_complete_directories)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l prefix -d 'where man pages and completion go, below the root (default: /usr/local)' -r -a '(__fish_complete_directories)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l proxmox -d 'instead: Proxmox VE'"'"'s hookscript, in a storage'"'"'s snippets directory' -r -a '(__fish_complete_directories)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l purge -d 'remove the configuration too: policy, profiles and secrets'
