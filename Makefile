@@ -5,7 +5,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=KVMI_TEST_REQUIRE,C
 PYTEST_FLAGS ?=
 BENCH ?=
 
-.PHONY: help demo test unit soak bench lint deb test-deb setup test-setup clean
+.PHONY: help demo test unit soak bench lint generated deb test-deb setup test-setup clean
 
 help:
 	@echo "make demo     show it: a VM hooked with exactly its rights, and a refused start"
@@ -14,6 +14,7 @@ help:
 	@echo "make soak     the long runs: every trace point, 1,000 kills, 10,000 rounds"
 	@echo "make lint     ruff, mypy --strict, and the schema checks"
 	@echo "make bench    measure; the figures go to bench/results.json"
+	@echo "make generated  completion and kvmi-libvirt(1) anew, from the command's options"
 	@echo "make deb      build the Debian package into dist/, checked with lintian"
 	@echo "make test-deb install that package in a clean Debian, use it, take it away"
 	@echo "make setup    only the set-up: packages, .venv, access to /dev/kvm (the demo's;"
@@ -36,8 +37,8 @@ unit: test-setup
 	.venv/bin/pytest -p no:cacheprovider tests/unit $(PYTEST_FLAGS)
 
 soak: test-setup
-	$(SUDO) env KVMI_SOAK=1 .venv/bin/pytest -p no:cacheprovider -o timeout=7200 \
-		tests/live/test_session_kvm.py $(PYTEST_FLAGS)
+	$(SUDO) env KVMI_SOAK=1 .venv/bin/pytest -p no:cacheprovider tests/live/test_session_kvm.py \
+		$(PYTEST_FLAGS)
 
 bench: test-setup
 	$(SUDO) .venv/bin/python bench/run.py $(BENCH)
@@ -47,6 +48,9 @@ lint: test-setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	xmllint --noout --relaxng xml-schemas/introspection.rng xml-schemas/examples/valid/*.xml
+
+generated: test-setup
+	@.venv/bin/python tools/generate.py
 
 deb:
 	@tools/make-deb

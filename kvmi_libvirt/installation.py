@@ -108,13 +108,13 @@ def _documents(prefix: Path) -> Iterator[Item]:
     for source in data_files("packaging/man", "*.[1-8]"):
         place = Path("man") / f"man{source.suffix[1:]}"
         yield _ours(source, share / place, vendor / place, compressed=True)
-    for name, directory in (
+    for name, directory, *others in (
         ("kvmi-libvirt", "bash-completion/completions"),
-        ("_kvmi-libvirt", "zsh/site-functions"),
+        ("_kvmi-libvirt", "zsh/site-functions", "zsh/vendor-completions"),
         ("kvmi-libvirt.fish", "fish/vendor_completions.d"),
     ):
         for source in data_files("packaging/completion", name):
-            yield _ours(source, share / directory, vendor / directory)
+            yield _ours(source, share / directory, *(vendor / o for o in (directory, *others)))
 
 
 def _directory(path: Path, mode: int, *, is_volatile: bool = False) -> Item:

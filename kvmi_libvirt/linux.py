@@ -53,6 +53,10 @@ _inotify_add_watch = _libc["inotify_add_watch"]
 _inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
 _inotify_add_watch.restype = ctypes.c_int
 
+_madvise = _libc["madvise"]
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_madvise.restype = ctypes.c_int
+
 
 _process_vm_readv = _libc["process_vm_readv"]
 _process_vm_writev = _libc["process_vm_writev"]
@@ -209,6 +213,23 @@ def pidfd_getfd(pidfd: LocalFd, remote_fd: RemoteFd) -> LocalFd:
     if fd == -1:
         raise_errno("pidfd_getfd", pidfd, remote_fd)
     return LocalFd(fd)
+
+
+_MADV_POPULATE_WRITE: Final = 23
+
+
+def own_memory() -> None:
+    """Make copies now of all memory this process still shares with what it was forked from.
+
+    Else each page costs a page fault when it is first used, at a moment nobody chose.
+    Does nothing before Linux 5.14. Source: madvise(2).
+    """
+    with open("/proc/self/maps", "rb") as maps:
+        ranges = [line.split()[:2] for line in maps]
+    for addresses, permissions in ranges:
+        if permissions == b"rw-p":
+            start, end = (int(address, 16) for address in addresses.split(b"-"))
+            _madvise(start, end - start, _MADV_POPULATE_WRITE)
 
 
 KCMP_FILE: Final = 0

@@ -105,8 +105,8 @@ class Outcome:
     retry_s: float | None = None
     is_gone: bool = False
     leaving_s: int | None = None
-    early: bool = False
     must_call: bool = False
+    early: bool = False
     veto: str | None = None
     stall_us: int = 0
     gap_us: int = 0
@@ -125,7 +125,7 @@ class Jobs:
         self._outcome = Outcome()
 
     def run(self, job: str, argument: dict[str, str], xml: bytes) -> Outcome:
-        """Do *job*, "operation", "early" or "reconcile"; never raises.
+        """Do *job*, one of "operation", "early" and "reconcile"; never raises.
 
         Parameters
             argument  "name" and "uuid" of the domain. For the first "operation"; for the

@@ -399,8 +399,9 @@ class Keeper:
 
     def _watch(self, vm: Vm, outcome: Outcome) -> None:
         record = vm.record
-        kept, is_new = self._kept_channel(vm), outcome.channel is not None
-        if outcome.channel is None:
+        kept = self._kept_channel(vm)
+        is_new = outcome.channel is not None
+        if not is_new:
             outcome.channel = kept
         elif kept is not None:
             os.close(kept)
@@ -618,8 +619,6 @@ class Keeper:
         if operation == "started":
             return await self._started(name, uuid, xml)
         outcome = await self._hand_over(name, uuid, operation, xml)
-        if outcome.early:
-            self._spawn(self._watch_start(Vm(uuid, name, pack(xml)), xml))
         if operation == "reconnect":
             vm = self._vms.setdefault(uuid, Vm(uuid, name, b""))
             vm.packed, vm.name = pack(xml), name
@@ -629,6 +628,8 @@ class Keeper:
             if ended is not None:
                 ended.record = None
                 self._forget(ended)
+        if outcome.early:
+            self._spawn(self._watch_start(name, uuid, xml))
         return outcome.veto
 
     async def _started(self, name: str, uuid: str, xml: bytes) -> str | None:
@@ -661,16 +662,16 @@ class Keeper:
         self._metrics.operation(operation, outcome)
         return outcome
 
-    async def _watch_start(self, vm: Vm, xml: bytes) -> None:
-        outcome = await self._pool.run(
-            "early", vm.argument(), xml, timeout_s=EARLY_S, lane=Lane.URGENT
-        )
+    async def _watch_start(self, name: str, uuid: str, xml: bytes) -> None:
+        argument = {"name": name, "uuid": uuid}
+        outcome = await self._pool.run("early", argument, xml, timeout_s=EARLY_S, lane=Lane.START)
         if outcome.record is None or outcome.channel is None:
             self._close_channel(outcome)
             if outcome.error is not None:
-                logger.warning("domain %s: %s", vm.name, outcome.error, extra=_fields(vm))
+                fields = {"domain": name, "uuid": uuid}
+                logger.warning("domain %s: %s", name, outcome.error, extra=fields)
             return
-        self.take(self._vms.setdefault(vm.uuid, vm), outcome)
+        self.take(self._vms.setdefault(uuid, Vm(uuid, name, pack(xml))), outcome)
 
     def _later(self, vm: Vm) -> None:
         # After the hook's answer: libvirt holds the domain until then.

@@ -32,12 +32,7 @@ class Notifier:
         address = variables.get("NOTIFY_SOCKET", "")
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
         self._variables = variables
-        self._sock: socket.socket | None = None
-        if address:
-            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            # Not settimeout(): with a receiver's queue full, that would be polled for.
-            patience = struct.pack("@ll", _PATIENCE_S, 0)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        self._sock: socket.socket | None = None  # made with the first message: nobody's to inherit
 
     @property
     def watchdog_s(self) -> float | None:
@@ -50,7 +45,7 @@ class Notifier:
             return None
 
     def _send(self, text: str, fd: int | None = None, *, may_wait: bool = False) -> None:
-        if self._sock is None:
+        if not self._address:
             return
         control = []
         if fd is not None:
@@ -59,7 +54,15 @@ class Notifier:
         # without a message, keep us waiting.
         flags = socket.MSG_NOSIGNAL | (0 if may_wait else socket.MSG_DONTWAIT)
         with contextlib.suppress(OSError):
-            self._sock.sendmsg([text.encode()], control, flags, self._address)
+            self._connection().sendmsg([text.encode()], control, flags, self._address)
+
+    def _connection(self) -> socket.socket:
+        if self._sock is None:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            # Not settimeout(): with a receiver's queue full, that would be polled for.
+            patience = struct.pack("@ll", _PATIENCE_S, 0)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        return self._sock
 
     def ready(self, status: str) -> None:
         """Say that we serve."""

@@ -37,13 +37,15 @@ class Lane(enum.Enum):
 
     URGENT = enum.auto()
     """libvirt waits for it: only behind others like it."""
+    START = enum.auto()
+    """Lasts as long as the start of a VM."""
     CHANGE = enum.auto()
     """For a VM with a tool: not behind those that call one."""
     CALL = enum.auto()
     """May call a tool, which answers when it likes."""
 
 
-_MAX_OF: Final = {Lane.URGENT: 96, Lane.CHANGE: 16, Lane.CALL: 16}
+_MAX_OF: Final = {Lane.URGENT: 96, Lane.START: 96, Lane.CHANGE: 16, Lane.CALL: 16}
 
 
 class Pool:

@@ -85,10 +85,10 @@ def _interpreter(hook: HookFacts, security: SecurityFacts, own_version: str) -> 
         yield found.warn(
             f"{hook.python} has version {hook.version}, this command is {own_version}", INSTALL
         )
-    elif security.apparmor and not (hook.python or "").startswith(_SYSTEM_BIN):
+    elif security.apparmor and not (hook.python_program or "").startswith(_SYSTEM_BIN):
         yield found.warn(
             f"AppArmor's profile of libvirtd lets a hook execute programs in /usr/bin only, "
-            f"and this one runs {hook.python}",
+            f"and this one runs {hook.python_program}",
             "install the distribution's package, or add our rules to the profile",
         )
     else:

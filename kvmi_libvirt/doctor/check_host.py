@@ -70,7 +70,7 @@ def _apparmor(security: SecurityFacts, libvirt: LibvirtFacts) -> Iterator[Line]:
         yield found.warn(
             f"libvirt is confined ({confined[0]}), and no rule of ours is in /etc/apparmor.d: a "
             "tool's socket may be refused to QEMU's threads",
-            "see /usr/share/kvmi-libvirt/apparmor, or packaging/apparmor in the source",
+            "see /usr/share/doc/kvmi-libvirt/apparmor.md, or packaging/apparmor in the source",
         )
 
 

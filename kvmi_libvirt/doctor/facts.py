@@ -46,6 +46,7 @@ class HookFacts:
         is_current      it is the script of this version
         shebang_problem why the script cannot start
         python          the interpreter it runs the package with
+        python_program  what that is, without links: this is what a security module sees
         python_problem  why that cannot
         version         of the package that interpreter has
         stray           executables beside it that only look like leftovers of an editor or
@@ -60,6 +61,7 @@ class HookFacts:
     is_current: bool = False
     shebang_problem: str | None = None
     python: str | None = None
+    python_program: str | None = None
     python_problem: str | None = None
     version: str | None = None
     stray: tuple[str, ...] = ()

@@ -53,6 +53,7 @@ def look_at_hook(hooks_dir: Path = HOOKS_DIR) -> HookFacts:
         is_current=is_ours and _is_current(text),
         shebang_problem=_shebang_problem(text) if is_ours else None,
         python=python,
+        python_program=os.path.realpath(python),
         python_problem=problem,
         version=version,
         stray=stray,

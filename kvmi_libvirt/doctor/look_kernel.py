@@ -30,6 +30,7 @@ _APPARMOR_LOCAL: Final = Path("/etc/apparmor.d")
 _SELINUX: Final = Path("/sys/fs/selinux")
 _SELINUX_MODULES: Final = Path("/var/lib/selinux")
 _OUR_MARK: Final = b"kvmi"
+_COMMENT: Final = re.compile(rb"\s*#(?!include)")  # "#include" is one of AppArmor's rules
 _ACL: Final = "system.posix_acl_access"
 
 
@@ -220,7 +221,7 @@ def _mentions_us(path: Path) -> bool:
             lines = file.read(_MAX_LEN).splitlines()
     except OSError:
         return False
-    return any(_OUR_MARK in line for line in lines if not line.lstrip().startswith(b"#"))
+    return any(_OUR_MARK in line for line in lines if not _COMMENT.match(line))
 
 
 def _selinux_mode() -> str | None:

@@ -67,7 +67,8 @@ class Site:
 
     def boot(self, *names: str, metadata: str = "") -> list[StandIn]:
         """Start VMs, as libvirt would; their hooks are not called."""
-        vms = self.fleet.start(names)
+        self.fleet.start(names)  # returned as they become ready
+        vms = [self.fleet.vms[name] for name in names]
         for vm in vms:
             write_status(self.fleet.run_dir, vm, metadata)
         return vms

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ def test_what_is_installed_is_found_sound(hooks_dir: Path) -> None:
     assert (found.exists, found.is_ours, found.is_executable, found.is_current) == (True,) * 4
     assert (found.shebang_problem, found.python_problem) == (None, None)
     assert (found.python, found.version) == (sys.executable, __version__)
+    assert found.python_program == os.path.realpath(sys.executable)
     assert (found.stray, found.broken) == ((), ())
 
 

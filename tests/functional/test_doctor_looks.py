@@ -384,7 +384,7 @@ def test_owners_are_named_and_links_are_not_followed(tmp_path: Path) -> None:
 def test_apparmor_rules_of_ours_are_those_that_are_no_comment(tmp_path: Path) -> None:
     places = {
         "local/usr.sbin.libvirtd": "# about kvmi\n",
-        "local/abstractions/libvirt-qemu": "  /run/kvmi/** rw,\n",
+        "local/abstractions/libvirt-qemu": "  #include <abstractions/kvmi-libvirt-qemu>\n",
         "abstractions/libvirt-qemu.d/kvmi-libvirt": "#x\n/run/kvmi/** rw,\n",
         "local/usr.sbin.cupsd": "/run/kvmi/** rw,\n",
     }

@@ -22,9 +22,8 @@ from emulator_harness import (
     asked,
     feature,
     wait_for_end,
-    wait_for_supervisor,
 )
-from support import wait_until
+from support import wait_for_supervisor, wait_until
 
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.revisions import by_name

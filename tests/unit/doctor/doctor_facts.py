@@ -43,7 +43,8 @@ HOOK: Final = HookFacts(
     is_ours=True,
     is_executable=True,
     is_current=True,
-    python="/usr/bin/python3",
+    python="/opt/venv/bin/python3",
+    python_program="/usr/bin/python3.11",
     version="1.0",
 )
 DAEMON: Final = DaemonFacts(

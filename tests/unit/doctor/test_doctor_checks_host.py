@@ -355,7 +355,7 @@ def test_an_interpreter_apparmor_would_not_let_the_hook_run() -> None:
     on = replace(SECURITY, apparmor=True)
 
     assert not [line for line in hook_lines(security=on) if line.verdict is not Verdict.PASS]
-    found = bad(hook_lines(replace(HOOK, python="/opt/venv/bin/python3"), security=on))
+    found = bad(hook_lines(replace(HOOK, python_program="/opt/venv/bin/python3"), security=on))
     assert found[:2] == ("hook-interpreter", "WARN")
     assert "/usr/bin only" in found[2]
 

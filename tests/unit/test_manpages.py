@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manual pages: clean for two formatters, and complete for what they describe."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from lxml import etree
+from support import require_tool
+
+from kvmi_libvirt.agent.settings import parse_settings
+from kvmi_libvirt.errors import ExitCode, UsageError
+from kvmi_libvirt.policy.document import parse
+from kvmi_libvirt.policy.groups import GROUPS
+from kvmi_libvirt.policy.host import HostPolicy
+from kvmi_libvirt.policy.lint import lint
+from kvmi_libvirt.policy.profile import SHIPPED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+MAN: Final = ROOT / "packaging" / "man"
+PAGES: Final = sorted(MAN.glob("*.[1-8]"))
+SCHEMAS: Final = sorted((ROOT / "xml-schemas").glob("*.rng"))
+RNG: Final = "{http://relaxng.org/ns/structure/1.0}"
+
+
+def text_of(name: str) -> str:
+    """Return a page's source with roff's escapes undone."""
+    text = (MAN / name).read_text(encoding="utf-8")
+    return re.sub(r"\\f[BIPR]|\\&", "", text).replace("\\-", "-")
+
+
+def examples_of(page: Path) -> Iterator[str]:
+    """Return the literal blocks of a page, as a reader copies them."""
+    text = text_of(page.name).replace("\\e", "\\")
+    return iter(re.findall(r"^\.EX\n(.*?)^\.EE$", text, re.MULTILINE | re.DOTALL))
+
+
+def test_the_pages_are_those_the_documents_promise() -> None:
+    assert [page.name for page in PAGES] == [
+        "kvmi-emulated-qemu.1",
+        "kvmi-libvirt-agent.8",
+        "kvmi-libvirt-policy.5",
+        "kvmi-libvirt.1",
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_man_has_nothing_to_warn_of(page: Path) -> None:
+    man = require_tool("man", "man-db groff")
+    command = [man, "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", str(page)]
+    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "MANROFFSEQ": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert [done.stderr, done.returncode] == ["", 0]
+    assert "x trailer" in done.stdout  # it was formatted to its end
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_mandoc_finds_nothing(page: Path) -> None:
+    mandoc = require_tool("mandoc", "mandoc")
+    done = subprocess.run(
+        [mandoc, "-Tlint", str(page)], capture_output=True, text=True, check=False
+    )
+
+    assert [done.stdout, done.returncode] == ["", 0]
+
+
+def test_every_exit_code_is_explained() -> None:
+    _, _, section = text_of("kvmi-libvirt.1").partition(".SH EXIT STATUS\n")
+    explained = re.findall(r"^\.TP\n(\d+)$", section.partition(".SH")[0], re.MULTILINE)
+
+    assert [int(code) for code in explained] == sorted(ExitCode)
+
+
+def test_every_element_and_attribute_is_explained() -> None:
+    page = text_of("kvmi-libvirt-policy.5")
+    missing = []
+    for schema in SCHEMAS:
+        tree = etree.parse(str(schema))
+        for element in tree.iter(f"{RNG}element"):
+            if (name := element.get("name")) is not None and f"<{name}" not in page:
+                missing.append(f"<{name}>")
+        for attribute in tree.iter(f"{RNG}attribute"):
+            name = attribute.get("name")
+            if name is not None and not re.search(rf"(?<![\w-]){name}(?![\w-])", page):
+                missing.append(name)
+
+    assert missing == []
+
+
+def test_every_group_and_profile_is_explained() -> None:
+    terms = re.findall(r"^\.TP\n\.B (\S+)$", text_of("kvmi-libvirt-policy.5"), re.MULTILINE)
+
+    assert set(GROUPS) | set(SHIPPED) <= set(terms)
+
+
+def test_every_key_of_the_agents_configuration_is_explained() -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_settings(b"[agent]\nno-such-key = 1\n", source="agent.conf")
+    known = str(refused.value).rpartition("known are ")[2].split(", ")
+    _, _, section = text_of("kvmi-libvirt-agent.8").partition(".SH CONFIGURATION\n")
+    explained = re.findall(r"^\.TP\n\.B (\S+)$", section.partition(".SH")[0], re.MULTILINE)
+
+    assert sorted(explained) == sorted(known)
+
+
+def test_every_document_in_an_example_is_right() -> None:
+    count = 0
+    for page in PAGES:
+        for example in examples_of(page):
+            if not example.lstrip().startswith("<"):
+                continue
+            count += 1
+            text = example
+            if "<metadata>" in example:  # of a domain
+                text = f"<domain type='kvm'><name>web1</name>{example}</domain>"
+            elif "<devices>" in example:
+                assert parse(example.encode(), source=page.name).tag == "devices"
+                continue
+            report = lint(text.encode(), source=page.name, host=HostPolicy())
+            assert not report.findings, f"{page.name}: {report.findings}"
+
+    assert count >= 4
