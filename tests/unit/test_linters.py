@@ -39,7 +39,15 @@ WORKPLACES: Final = re.compile(
 
 GENERATED: Final = frozenset(
     {
-        *(".git", ".venv", ".venv-nova", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"),
+        *(
+            ".git",
+            ".venv",
+            ".venv-nova",
+            "__pycache__",
+            ".mypy_cache",
+            ".pytest_cache",
+            ".ruff_cache",
+        ),
         *(".hypothesis", "kvmi_libvirt.egg-info", "build", "dist"),
     }
 )
