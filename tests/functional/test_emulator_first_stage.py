@@ -89,6 +89,26 @@ def test_wrapper_when_asked_for_its_version_then_qemus_and_nothing_is_left() -> 
 
 
 @pytest.mark.kvm
+@pytest.mark.parametrize("accelerator", ["kvm", "tcg"])
+def test_wrapper_when_qemu_becomes_a_daemon_then_nothing_holds_its_standard_error(
+    tmp_path: Path, accelerator: str
+) -> None:
+    # So libvirt asks what a QEMU can do, and waits for the end of its standard error.
+    pidfile = tmp_path / "pid"
+    machine = ("-nodefaults", "-nographic", "-machine", f"none,accel={accelerator}")
+
+    result = wrapped_qemu(None, "-S", *machine, "-pidfile", str(pidfile), "-daemonize")
+
+    assert (result.returncode, result.stderr) == (0, "")
+    pidfd = os.pidfd_open(int(pidfile.read_text()))
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        wait_for_end(pidfd, what="QEMU")
+    finally:
+        os.close(pidfd)
+
+
+@pytest.mark.kvm
 def test_wrapper_when_libvirt_probes_it_then_qmp_answers_and_no_supervisor_is_left() -> None:
     command = [str(WRAPPER), "-S", "-no-user-config", "-nodefaults", "-nographic"]
     command += ["-machine", "none,accel=kvm", "-qmp", "stdio"]
@@ -340,7 +360,7 @@ def test_first_stage_when_it_serves_then_it_is_detached_from_everything(victim: 
     # Its standard error is the program's until it can no longer fail to start.
     assert [links.pop(name) for name in ("0", "1")] == ["/dev/null"] * 2
     assert links.pop("2").startswith("pipe:")
-    assert set(links.values()) == {"anon_inode:seccomp notify"}
+    assert set(links.values()) == {"anon_inode:seccomp notify", "anon_inode:[pidfd]"}
     assert os.readlink(supervisor / "cwd") == "/"
     assert os.getsid(victim.supervisor) == victim.supervisor
 
