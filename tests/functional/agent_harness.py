@@ -201,6 +201,9 @@ def running(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterato
 def host(running: Site) -> Iterator[Site]:
     """Have that site, without VMs and with a policy that assigns nothing."""
     write_policy(running.directory)
+    for left in running.directory.glob("*.sock"):
+        if left.name != "metrics.sock":
+            left.unlink()
     running.begin()
     yield running
     running.shut(*running.fleet.vms.values())
