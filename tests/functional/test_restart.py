@@ -98,12 +98,11 @@ def visit(victim: Victim, case: Case, action: Callable[[], None]) -> None:
         if case.is_parked:
             results = inject(victim, (NR_GETPID,), (NR_GETPID,), at={"stopped": act})
             assert results == [victim.pid] * 2
-        else:
+        while was_stopped[:] != b"y":  # on a busy machine a try may be over too soon
             try:
                 inject(victim, timeout_s=0.1, at={"stopped": act}, look=parked_at_first_sight)
             except SessionError as error:  # unless its call is over, and it waits for orders
                 assert error.kind == "TargetBusy"  # noqa: PT017
-        assert was_stopped[:] == b"y"
 
 
 def visit_until_it_reports(victim: Victim, case: Case) -> None:
