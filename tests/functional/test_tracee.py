@@ -110,7 +110,7 @@ def test_a_call_that_blocks_is_abandoned_at_the_deadline(parked: Path) -> None:
 
             def session() -> Report:
                 with attach_parked(process, deadline=time.monotonic() + 10) as tracee:
-                    tracee._deadline = time.monotonic() + 0.3
+                    tracee._deadline = time.monotonic() + 1.0
                     remote = Remote(process, tracee)
                     # Nothing comes on stdin: an injected read of it blocks.
                     remote.call("read", NR_READ, 0, remote.scratch, 1)
