@@ -38,8 +38,8 @@ unit: test-setup
 	.venv/bin/pytest -p no:cacheprovider tests/unit $(PYTEST_FLAGS)
 
 soak: test-setup
-	$(SUDO) env KVMI_SOAK=1 .venv/bin/pytest -p no:cacheprovider -o timeout=7200 \
-		tests/live/test_session_kvm.py $(PYTEST_FLAGS)
+	$(SUDO) env KVMI_SOAK=1 .venv/bin/pytest -p no:cacheprovider tests/live/test_session_kvm.py \
+		$(PYTEST_FLAGS)
 
 bench: test-setup
 	$(SUDO) .venv/bin/python bench/run.py $(BENCH)

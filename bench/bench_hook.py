@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Final
 
 import host
 import rig
+from agent_rig import RunningAgent
 from figures import Figure
 
 from kvmi_libvirt import installer
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
+from kvmi_libvirt.state import STATE_DIR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +44,11 @@ def measure() -> Iterator[Figure]:
             noop_s.append(_timed((str(script), "plain", "started", "begin", "-"), plain))
             python_s.append(_timed(_PYTHON, b""))
         full_s = _full(script)
+        directory = Path(name) / "agent"
+        directory.mkdir()
+        with _agent(directory):
+            hand_over_s, base_s = _handed_over(script)
+            agent_full_s = _full(script)
     python = statistics.median(python_s)
     yield Figure(
         key="hook_noop_vs_python",
@@ -55,6 +63,39 @@ def measure() -> Iterator[Figure]:
         unit="x",
         what="the hook that hooks a VM, no agent, against the same",
     )
+    yield Figure(
+        key="hook_agent_vs_python",
+        value=statistics.median(hand_over_s) / statistics.median(base_s),
+        unit="x",
+        what="the hook that lets an agent judge a policy (prepare), against the same",
+        limit=4.0,
+    )
+    yield Figure(
+        key="hook_agent_full_vs_python",
+        value=statistics.median(agent_full_s) / python,
+        unit="x",
+        what="the hook that lets an agent hook a VM, handshake included, against the same",
+    )
+
+
+def _agent(directory: Path) -> RunningAgent:
+    return RunningAgent(
+        directory,
+        domains=str(LIBVIRT_QEMU_RUN_DIR),
+        run_dir=LIBVIRT_QEMU_RUN_DIR,
+        state_dir=STATE_DIR,
+        host_policy=HOST_POLICY_PATH,
+    )
+
+
+def _handed_over(script: Path) -> tuple[list[float], list[float]]:
+    # What the agent adds to a call is its own answer: no tool, no VM.
+    xml = _domain("handed", str(uuid.uuid4()), _element(host.SOCKET_DIR / "none.sock"))
+    found, base = [], []
+    for _ in range(NOOP_ROUNDS):
+        found.append(_timed((str(script), "handed", "prepare", "begin", "-"), xml))
+        base.append(_timed(_PYTHON, b""))
+    return found, base
 
 
 def _full(script: Path) -> list[float]:

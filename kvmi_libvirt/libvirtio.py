@@ -376,3 +376,9 @@ def _running(domain: Any) -> RunningDomain:
     return RunningDomain(
         name=domain.name(), uuid=domain.UUIDString(), xml=domain.XMLDesc(0).encode()
     )
+
+
+def is_remote(uri: str) -> bool:
+    """Say whether the domains at *uri* are QEMU processes of another host."""
+    parts = urllib.parse.urlsplit(uri)
+    return parts.scheme.partition("+")[0] == "qemu" and bool(parts.netloc)

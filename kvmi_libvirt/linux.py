@@ -211,6 +211,16 @@ def pidfd_getfd(pidfd: LocalFd, remote_fd: RemoteFd) -> LocalFd:
     return LocalFd(fd)
 
 
+def own_syscall(number: int, *args: int) -> int:
+    """Make any system call of up to five arguments here; return what the kernel does.
+
+    That is the result, or a negative errno, as an injected call's. Source: syscall(2).
+    """
+    padded = (*args, 0, 0, 0, 0, 0)[:5]
+    result: int = _syscall6(number, *padded)
+    return -ctypes.get_errno() if result == -1 else result
+
+
 KCMP_FILE: Final = 0
 KCMP_VM: Final = 1
 

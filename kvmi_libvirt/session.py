@@ -9,6 +9,7 @@ be interrupted by Python signal handlers. May import ``abi``, ``errors``,
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import socket
@@ -37,21 +38,23 @@ from kvmi_libvirt.errors import (
     TargetUnsuitable,
     UnsupportedByKernel,
 )
-from kvmi_libvirt.qemu.remote import Remote
+from kvmi_libvirt.qemu.rehearsal import NO_VM, rehearse
+from kvmi_libvirt.qemu.remote import RECEIVED_FD_OFFSET, Remote, socket_link
 from kvmi_libvirt.qemu.tracee import attach_parked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvmi_libvirt.newtypes import RemoteAddr, RemoteFd
-    from kvmi_libvirt.plan import Plan, Step
+    from kvmi_libvirt.plan import Plan
     from kvmi_libvirt.qemu.process import Process
 
 logger = logging.getLogger(__name__)
 
 _UNDO_S: Final = 1.0
-_HOOK_OFFSET: Final = 160
-_FEATURES_OFFSET: Final = 192
+_NO_FD: Final = -1
+_FEATURES_OFFSET: Final = RECEIVED_FD_OFFSET + ctypes.sizeof(kvm_introspection_hook)
+_FEATURE_LEN: Final = ctypes.sizeof(kvm_introspection_feature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,19 +144,15 @@ def hook(
         SessionError  .kind tells what went wrong, .left what could not be undone
         TargetBusy    never found parked; nothing was touched
     """
-    run = _Run(plan.abi)
+    # What does not need the thread to stand still is made before it does.
+    run = _Run(plan)
+    handover = _Handover(sock, uuid)
+    rehearse(lambda remote: _rehearse_hook(remote, plan, handover))
+    opened: list[RemoteFd] = []
     with attach_parked(process, deadline=deadline) as tracee:
         remote = Remote(process, tracee)
-        opened: list[RemoteFd] = []
         try:
-            channel = _pass_socket(remote, sock, opened)
-            _write_features(remote, plan.steps)
-            argument = kvm_introspection_hook(channel, 0, tuple(uuid))
-            hook_addr = remote.write_struct(_HOOK_OFFSET, argument)
-            run.steps(remote, vm_fd, plan.steps, hook_addr)
-            left = _close_all(remote, opened)
-            if left:
-                raise OSError(errno.EIO, "cleaning up inside QEMU failed")
+            _hook(remote, vm_fd, run, handover, opened)
         except TargetGone:
             raise
         except BaseException as error:
@@ -169,18 +168,46 @@ def hook(
     return run.report(tracee.stall_s)
 
 
+class _Handover:
+    # The tool's socket, and HOOK's argument but for the descriptor it gets in QEMU.
+    def __init__(self, sock: socket.socket, uuid: bytes) -> None:
+        self.sock = sock
+        self.link = socket_link(sock)
+        self.argument = bytes(kvm_introspection_hook(_NO_FD, 0, tuple(uuid)))
+
+
+def _hook(
+    remote: Remote, vm_fd: RemoteFd, run: _Run, handover: _Handover, opened: list[RemoteFd]
+) -> None:
+    remote.write(0, remote.message() + handover.argument + run.features)
+    _pass_socket(remote, handover, opened)
+    run.steps(remote, vm_fd)
+    if _close_all(remote, opened):
+        raise OSError(errno.EIO, "cleaning up inside QEMU failed")
+
+
+def _rehearse_hook(remote: Remote, plan: Plan, handover: _Handover) -> None:
+    opened: list[RemoteFd] = []
+    try:
+        _hook(remote, NO_VM, _Run(plan), handover, opened)
+    finally:
+        _close_all(remote, opened)
+
+
 def change(process: Process, vm_fd: RemoteFd, plan: Plan, *, deadline: float) -> Report:
     """Carry out *plan* on a VM that is hooked already: disallow first, then allow.
 
     On a failure the steps before it stay in force; they are in ``applied``, and
     none of them allows more than the old and new policy together.
     """
-    run = _Run(plan.abi)
+    run = _Run(plan)
+    rehearse(lambda remote: _Run(plan).steps(remote, NO_VM))
     with attach_parked(process, deadline=deadline) as tracee:
         remote = Remote(process, tracee)
-        _write_features(remote, plan.steps)
         try:
-            run.steps(remote, vm_fd, plan.steps, None)
+            if run.features:
+                remote.write(_FEATURES_OFFSET, run.features)
+            run.steps(remote, vm_fd)
         except TargetGone:
             raise
         except BaseException as error:
@@ -215,38 +242,42 @@ def recover(
 
 class _Run:
     # The steps of one session: what is applied, and how long the gap was.
-    def __init__(self, abi: KvmiAbi) -> None:
-        self._abi = abi
+    def __init__(self, plan: Plan) -> None:
+        self._abi = plan.abi
+        self._calls = [(step.describe(), step) for step in plan.steps]
         self._applied: list[str] = []
         self.is_hooked = False
-        self._hooked_at = 0.0
         self._gap_s = 0.0
+        self.features = b"".join(
+            bytes(kvm_introspection_feature(step.allow or 0, step.id or 0))
+            for step in plan.steps
+            if step.ioctl in (Ioctl.COMMAND, Ioctl.EVENT)
+        )
 
-    def steps(
-        self, remote: Remote, vm_fd: RemoteFd, steps: Sequence[Step], hook_addr: RemoteAddr | None
-    ) -> None:
+    def steps(self, remote: Remote, vm_fd: RemoteFd) -> None:
+        # The argument of HOOK, and those of the others in their order, lie ready.
         feature = remote.scratch + _FEATURES_OFFSET
-        for step in steps:
+        hooked_at = 0.0
+        for description, step in self._calls:
             argument = 0
             if step.ioctl is Ioctl.HOOK:
-                assert hook_addr is not None
-                argument = hook_addr
+                argument = remote.scratch + RECEIVED_FD_OFFSET
                 self.is_hooked = True  # unless the kernel says no: a timeout leaves it open
             elif step.ioctl in (Ioctl.COMMAND, Ioctl.EVENT):
                 argument = feature
-                feature += struct.calcsize("=Ii")
+                feature += _FEATURE_LEN
             try:
-                remote.ioctl(step.describe(), vm_fd, step.request, argument)
+                remote.ioctl(description, vm_fd, step.request, argument)
             except RemoteCallTimeout:
                 raise
             except RemoteSyscallError:
                 self.is_hooked = self.is_hooked and step.ioctl is not Ioctl.HOOK
                 raise
-            self._applied.append(step.describe())
+            self._applied.append(description)
             if step.ioctl is Ioctl.HOOK:
-                self._hooked_at = time.monotonic()
-        if self._hooked_at:
-            self._gap_s = time.monotonic() - self._hooked_at
+                hooked_at = time.monotonic()
+        if hooked_at:
+            self._gap_s = time.monotonic() - hooked_at
 
     def failed(self, error: BaseException, left: list[str]) -> SessionError:
         message = explain(error) if isinstance(error, RemoteSyscallError) else str(error)
@@ -272,25 +303,13 @@ class _Run:
         )
 
 
-def _pass_socket(remote: Remote, sock: socket.socket, opened: list[RemoteFd]) -> RemoteFd:
+def _pass_socket(remote: Remote, handover: _Handover, opened: list[RemoteFd]) -> None:
     near, far = remote.socketpair()
     opened += (near, far)
-    remote.send_through(near, sock)
+    remote.send_through(near, handover.sock)
     channel = remote.receive_fd(far)
     opened.append(channel)
-    remote.require_same_socket(channel, sock)
-    return channel
-
-
-def _write_features(remote: Remote, steps: Sequence[Step]) -> None:
-    # All argument blocks in one write: fewer system calls while QEMU waits.
-    blocks = b"".join(
-        bytes(kvm_introspection_feature(step.allow or 0, step.id or 0))
-        for step in steps
-        if step.ioctl in (Ioctl.COMMAND, Ioctl.EVENT)
-    )
-    if blocks:
-        remote.write(_FEATURES_OFFSET, blocks)
+    remote.require_link(channel, handover.link)
 
 
 def _undo_hook(remote: Remote, vm_fd: RemoteFd, abi: KvmiAbi) -> list[str]:

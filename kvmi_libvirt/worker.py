@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BLOCKED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
-_GRACE_S: Final = 2.0
+_GRACE_S: Final = 3.0
 _MAX_RESULT_LEN: Final = 1 << 20
 
 

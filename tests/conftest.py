@@ -153,3 +153,9 @@ def compile_victim(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path],
         return target
 
     return compiled
+
+
+@pytest.fixture(scope="session")
+def parked(compile_victim: Callable[[Path], Path]) -> Path:
+    """Return the program that blocks in a system call and reports what came of it."""
+    return compile_victim(Path(__file__).parent / "functional" / "victims" / "parked.c")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,3 +33,30 @@ def require_tool(name: str, package: str) -> str:
             pytest.fail(f"{reason}, and CI=true", pytrace=False)
         pytest.skip(f"{reason}; CI=true makes this a failure")
     return found
+
+
+def supervisor_of(pid: int) -> int | None:
+    """Return the process id of the supervisor that serves *pid*, if there is one."""
+    wanted = f"kvmi-emulator for process {pid}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                found = (entry / "cmdline").read_bytes().rstrip(b"\0")
+            except OSError:
+                continue
+            if found == wanted:
+                return int(entry.name)
+    return None
+
+
+def wait_for_supervisor(pid: int) -> int:
+    """Return the process id of the supervisor of *pid*, once it shows itself."""
+    found: list[int | None] = []
+
+    def is_there() -> bool:
+        found.append(supervisor_of(pid))
+        return found[-1] is not None
+
+    wait_until(is_there, what=f"the supervisor of {pid}")
+    assert found[-1] is not None
+    return found[-1]

@@ -146,12 +146,11 @@ class Fleet:
         self.close()
 
     def start(self, names: Sequence[str], *, vcpus: int = 1) -> list[StandIn]:
-        """Start a VM process of each name, all at once; return when all are ready.
+        """Start a VM process of each name, all at once; return them when all are ready.
 
         Raises
             HostError  they are not in time
         """
-        made: list[StandIn] = []
         wanted: list[dict[str, str]] = [{} for _ in self._nurseries]
         for name in names:
             wanted[self._next % len(wanted)][name] = str(uuid.uuid4())
@@ -162,9 +161,8 @@ class Fleet:
         for nursery, uuids in zip(self._nurseries, wanted, strict=True):
             for name, pid in nursery.ready(len(uuids), deadline=deadline).items():
                 (self.run_dir / f"{name}.pid").write_text(f"{pid}\n", encoding="ascii")
-                made.append(StandIn(name=name, uuid=uuids[name], pid=pid, vcpus=vcpus))
-        self.vms.update((vm.name, vm) for vm in made)
-        return made
+                self.vms[name] = StandIn(name=name, uuid=uuids[name], pid=pid, vcpus=vcpus)
+        return [self.vms[name] for name in names]
 
     def stop(self, vm: StandIn) -> None:
         """Kill one VM process, wait for its end and remove its pidfile."""

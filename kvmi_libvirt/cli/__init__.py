@@ -75,10 +75,11 @@ def _usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items())
     return (
-        f"usage: {PROG} [--debug] VERB [ARGUMENT...]\n\n"
+        f"usage: {PROG} [--debug] [-c URI] VERB [ARGUMENT...]\n\n"
         "Declarative KVM introspection for libvirt-managed virtual machines.\n\n"
         f"verbs:\n{verbs}\n\n"
         "options:\n"
+        "  -c --connect URI  libvirt to ask, for verbs that do; also after the verb\n"
         "  --debug    log every step, and show tracebacks\n"
         "  --version  print the version\n"
         "  -h --help  print this, or a verb's own help after a verb\n\n"
@@ -100,10 +101,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     debug = False
+    connect: list[str] = []
     while arguments and arguments[0].startswith("-"):
         option = arguments.pop(0)
         if option == "--debug":
             debug = True
+        elif option in ("-c", "--connect"):
+            if not arguments:
+                print(f"{PROG}: {option} needs a URI (see '{PROG} --help')", file=sys.stderr)
+                return ExitCode.USAGE
+            connect = ["--connect", arguments.pop(0)]
+        elif option.startswith("--connect="):
+            connect = [option]
         elif option in ("-h", "--help"):
             print(_usage(), end="")
             return ExitCode.OK
@@ -125,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s" if debug else f"{PROG}: %(message)s",
     )
-    return _run(name, arguments, debug=debug)
+    # In front, so that what stands after the verb counts.
+    return _run(name, [*connect, *arguments], debug=debug)
 
 
 def _open_standard_fds() -> None:

@@ -16,7 +16,7 @@ from kvmi_libvirt.kernel import NO_KVMI, running_abi
 from kvmi_libvirt.plan import make_plan
 from kvmi_libvirt.policy.document import parse, read_file
 from kvmi_libvirt.policy.element import domain_of, parse_document
-from kvmi_libvirt.policy.explain import ALLOWED, Decision, explain
+from kvmi_libvirt.policy.explain import ALLOWED, Decision, explain, notes
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import Reason
 from kvmi_libvirt.policy.resolve import decide, permit
@@ -95,8 +95,10 @@ def run(args: argparse.Namespace) -> ExitCode:
     _print_decisions("COMMAND", commands, subject.policy.commands.everything)
     _print_decisions("EVENT", events, subject.policy.events.everything)
     if abi is not None and _has_doubts(subject.policy, commands):
-        print()
-        print("?  the kernel does not tell which id this has, so it is not granted")
+        print("\n?  the kernel does not tell which id this has, so it is not granted")
+    told = [f"note: {note}" for note in notes(subject.policy)]
+    if told:
+        print("", *told, sep="\n")
     return ExitCode.OK
 
 
@@ -223,6 +225,7 @@ def _as_json(
         },
         "abi": None if abi is None else abi.name,
         "problem": _problem(policy, abi),
+        "notes": notes(policy),
         "commands": [_decision_as_json(decision) for decision in commands],
         "events": [_decision_as_json(decision) for decision in events],
     }

@@ -64,3 +64,9 @@ def follow_up(before: libvirtio.DomainXml, args: argparse.Namespace) -> None:
         state = follow(before.name, before.uuid, uri=args.connect)
         if state is not None:
             print(summary(state), file=sys.stderr)
+    elif is_live and libvirtio.is_remote(args.connect):
+        print(
+            f"kvmi-libvirt: {before.name} runs on another host, whose agent moves it to this; "
+            f"without an agent, run 'kvmi-libvirt apply {before.name}' there",
+            file=sys.stderr,
+        )

@@ -89,6 +89,8 @@ def open_target(args: argparse.Namespace) -> Iterator[Target]:
             raise UsageError("--xml goes with --pid PID")
         if args.domain is None:
             raise UsageError("name a DOMAIN, or --pid PID with --xml FILE")
+        if libvirtio.is_remote(args.connect):
+            raise UsageError(f"--connect {printable(args.connect)} is another host: run this there")
         running = libvirtio.running_domain(args.domain, uri=args.connect)
         with open_domain(running.name, running.uuid) as process:
             yield Target(

@@ -94,3 +94,43 @@ def _decisions(
             )
         )
     return found
+
+
+_NEEDS_EVENT: Final = {
+    "KVMI_VM_PAUSE_VCPU": "KVMI_VCPU_EVENT_PAUSE",
+    "KVMI_VCPU_INJECT_EXCEPTION": "KVMI_VCPU_EVENT_TRAP",
+}
+"""Commands that the kernel refuses where the event they cause is not allowed."""
+
+_UNCONTROLLED: Final = frozenset(_NEEDS_EVENT.values())
+"""Events that come of a command, and cannot be switched on or off."""
+
+_OF_THE_VM: Final = frozenset(
+    {"KVMI_VM_EVENT_UNHOOK", "KVMI_EVENT_CREATE_VCPU", "KVMI_EVENT_CMD_ERROR"}
+)
+
+
+def notes(policy: Policy) -> list[str]:
+    """Return, in one line each, which rights of *policy* cannot be used without another.
+
+    Source
+        Documentation/virt/kvm/kvmi.rst of the patch series.
+    """
+    commands, events = policy.commands, policy.events
+    found = [
+        f"{command} is of no use without the event {event}, which is not allowed"
+        for command, event in _NEEDS_EVENT.items()
+        if command in commands.allowed and event not in events.allowed
+    ]
+    subjects = events.allowed - _UNCONTROLLED
+    for names, switch in (
+        (subjects & _OF_THE_VM, "KVMI_VM_CONTROL_EVENTS"),
+        (subjects - _OF_THE_VM, "KVMI_VCPU_CONTROL_EVENTS"),
+    ):
+        if names and switch not in commands.allowed:
+            is_or_are = "is" if len(names) == 1 else "are"
+            listed = ", ".join(sorted(names))
+            found.append(
+                f"{listed} {is_or_are} of no use without the command {switch}, which is not allowed"
+            )
+    return found

@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import select
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 LIBVIRT_QEMU_RUN_DIR: Final = Path("/run/libvirt/qemu")
+YAMA_SCOPE: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 _VM_LINK: Final = "anon_inode:kvm-vm"
 _VCPU_LINK: Final = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
@@ -47,6 +49,7 @@ _ELFCLASS64: Final = 2
 _EM_X86_64: Final = 62
 _MAX_PROC_FILE_LEN: Final = 16 << 20
 _MAX_PIDFILE_LEN: Final = 32
+_EXECVE_S: Final = 1.0
 _ENDING_S: Final = 1.0
 
 
@@ -131,6 +134,10 @@ class Process:
         except (OSError, ValueError):
             return True
 
+    def _require_not_exiting(self) -> None:
+        if self._is_exiting():
+            raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid)
+
     def require_alive(self) -> None:
         """Raise TargetGone if the process has ended."""
         if not self.is_alive():
@@ -154,10 +161,12 @@ class Process:
         except (ProcessLookupError, FileNotFoundError) as error:
             raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid) from error
 
+    def _stat_fields(self, name: str = "stat") -> list[bytes]:
+        # From the third on: the second, the name in parentheses, may hold anything.
+        return self.read(name).rpartition(b")")[2].split()
+
     def _stat_field(self, number: int) -> int:
-        # Fields count from 1; the second, the name in parentheses, may hold anything.
-        text = self.read("stat")
-        return int(text[text.rindex(b")") + 2 :].split()[number - 3])
+        return int(self._stat_fields()[number - 3])
 
     def start_time_s(self) -> int:
         """Return when the process started, in whole seconds since the epoch."""
@@ -183,11 +192,16 @@ class Process:
 
     def _require_option(self, option: str, value: str, whose: str) -> None:
         arguments = self.command_line()
-        if not arguments:  # its memory went first
-            raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid)
+        # A process has none when its memory is gone, and for a moment in execve(2).
+        deadline = time.monotonic() + _EXECVE_S
+        while not arguments and self.is_alive() and time.monotonic() < deadline:
+            self._require_not_exiting()
+            time.sleep(0.001)
+            arguments = self.command_line()
         for name, given in itertools.pairwise(arguments):
             if name == option and given.lower() == value.lower():
                 return
+        self._require_not_exiting()  # it has no command line then
         raise TargetChanged(
             f"process {self.pid} is not the QEMU of {whose}: its command line has no such {option}",
             pid=self.pid,
@@ -212,7 +226,9 @@ class Process:
             raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid) from error
         except PermissionError as error:
             raise TargetUnsuitable(
-                f"not permitted to look into process {self.pid}: run as root", pid=self.pid
+                f"not permitted to look into process {self.pid}: "
+                "CAP_SYS_PTRACE is missing (run as root)",
+                pid=self.pid,
             ) from error
 
     def fd_links(self) -> dict[RemoteFd, str]:
@@ -254,6 +270,7 @@ class Process:
             found = _match_fds(links, _STANDIN_VM_LINK, _STANDIN_VCPU_LINK)
         vms, vcpus = found
         if not vms:
+            self._require_not_exiting()  # it has no descriptors then
             raise TargetUnsuitable(
                 f"process {self.pid} has no KVM VM fd: it runs without KVM (TCG), "
                 "or has not created its VM yet",
@@ -314,10 +331,7 @@ class Process:
         Checks what can be known without touching the process: 64-bit x86, no other
         tracer, tracing not disabled system-wide, main thread no kernel worker.
         """
-        if self.read("stat").rpartition(b")")[2].split()[0] in (b"Z", b"X"):
-            raise TargetUnsuitable(
-                f"the main thread of process {self.pid} has exited", pid=self.pid
-            )
+        self.require_main_thread()
         header = self._executable_header()
         if header[:4] == _ELF_MAGIC and (
             header[4] != _ELFCLASS64 or int.from_bytes(header[18:20], "little") != _EM_X86_64
@@ -336,6 +350,23 @@ class Process:
             )
         if self._stat_field(9) & PF_USER_WORKER:
             raise TargetUnsuitable(f"thread {self.pid} is a kernel worker", pid=self.pid)
+
+    def has_main_thread(self) -> bool:
+        """Say whether the main thread has not exited; other threads may live on without."""
+        return self._stat_fields()[0] not in (b"Z", b"X")
+
+    def require_main_thread(self) -> None:
+        """Raise TargetUnsuitable if the main thread has exited, TargetGone if all have."""
+        if not self.has_main_thread():
+            self.require_alive()
+            raise TargetUnsuitable(
+                f"the main thread of process {self.pid} has exited", pid=self.pid
+            )
+
+    def cpu(self) -> int:
+        """Return the number of the CPU that the main thread runs on, or ran on last."""
+        # The thread's own file: the process's adds up all threads first.
+        return int(self._stat_fields(f"task/{self.pid}/stat")[36])
 
     def tracer(self) -> Pid | None:
         """Return the process that traces the main thread, if any."""
@@ -379,7 +410,7 @@ def _match_fds(
 def yama_scope() -> int | None:
     """Return kernel.yama.ptrace_scope, or None where the kernel has no Yama."""
     try:
-        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_bytes())
+        return int(YAMA_SCOPE.read_bytes())
     except (OSError, ValueError):
         return None
 

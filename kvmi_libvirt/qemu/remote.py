@@ -3,7 +3,7 @@
 
 Arguments are placed in the unused part of the stopped thread's own stack, below
 the red zone: nothing is mapped, so nothing can be left mapped. May import
-``abi``, ``errors``, ``newtypes``, ``linux``, ``qemu.process`` and ``qemu.tracee``.
+``abi``, ``errors``, ``newtypes``, ``linux`` and ``qemu.process``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from kvmi_libvirt import linux
 from kvmi_libvirt.abi import x86_64 as x86
@@ -23,9 +23,16 @@ from kvmi_libvirt.newtypes import RemoteAddr, RemoteFd
 
 if TYPE_CHECKING:
     from kvmi_libvirt.qemu.process import Process
-    from kvmi_libvirt.qemu.tracee import Tracee
 
 SCRATCH_LEN: Final = 2048
+MESSAGE_LEN: Final = 112
+"""How much of the scratch area :meth:`Remote.message` takes up, from its beginning."""
+RECEIVED_FD_OFFSET: Final = MESSAGE_LEN
+"""Where the kernel writes the descriptor that :meth:`Remote.receive_fd` takes.
+
+Four bytes, and it leaves the next four alone: a structure that begins with the
+descriptor can lie there ready.
+"""
 
 _SOCK_CLOEXEC: Final = 0o2000000
 _MSG_DONTWAIT: Final = 0x40
@@ -37,35 +44,53 @@ _msghdr: Final = struct.Struct("=QIIQQQQII")  # name, namelen, pad, iov x2, cont
 _cmsghdr: Final = struct.Struct("=Qii")
 _CMSG_LEN: Final = _cmsghdr.size + 4  # one fd
 _CMSG_SPACE: Final = 24
+_IOV_OFFSET: Final = 64
+_CONTROL_OFFSET: Final = RECEIVED_FD_OFFSET - _cmsghdr.size
+_DATA_OFFSET: Final = SCRATCH_LEN - 16
+_PAIR_OFFSET: Final = SCRATCH_LEN - 8
+
+
+class Caller(Protocol):
+    """A thread that makes system calls for us: a Tracee, as a rule."""
+
+    @property
+    def stack_pointer(self) -> RemoteAddr:
+        """Return where the used part of its stack ends."""
+
+    def syscall(self, number: int, *args: int) -> int:
+        """Make one call; return its result, or a negative errno."""
 
 
 class Remote:
-    """What the stopped thread of *process* can be made to do for us.
+    """What a stopped thread of *process* can be made to do for us.
 
-    Valid only while *tracee* is entered. Holds no resource of its own.
+    Valid only while the thread is held. Holds no resource of its own.
     """
 
-    def __init__(self, process: Process, tracee: Tracee) -> None:
-        """Find room for arguments. Raises TargetUnsuitable when the stack has none."""
+    def __init__(self, process: Process, caller: Caller) -> None:
+        """Take the unused stack below the red zone; nothing is looked at yet."""
         self.process = process
-        self._tracee = tracee
-        top = tracee.stack_pointer - x86.RED_ZONE_LEN
+        self._caller = caller
+        top = caller.stack_pointer - x86.RED_ZONE_LEN
         self.scratch = RemoteAddr((top - SCRATCH_LEN) & ~63)
-        # A write below what the stack ever used could miss the mapping; check by
-        # reading before anything is changed.
-        try:
-            linux.process_vm_readv(process.pid, self.scratch, SCRATCH_LEN)
-        except OSError as error:
-            raise TargetUnsuitable(
-                f"no room below the stack of QEMU's main thread: {error.strerror}", pid=process.pid
-            ) from error
 
     def write(self, offset: int, data: bytes) -> RemoteAddr:
-        """Write *data* at *offset* bytes into the scratch area; return its address."""
+        """Write *data* at *offset* bytes into the scratch area; return its address.
+
+        Raises TargetUnsuitable when the stack does not reach that far; nothing is changed.
+        """
         assert offset >= 0
-        assert offset + len(data) <= SCRATCH_LEN
+        assert offset + len(data) <= _DATA_OFFSET
         address = RemoteAddr(self.scratch + offset)
-        linux.process_vm_writev(self.process.pid, address, data)
+        try:
+            linux.process_vm_writev(self.process.pid, address, data)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            raise TargetUnsuitable(
+                f"no room below the stack of QEMU's main thread: {error.strerror}",
+                pid=self.process.pid,
+            ) from error
         return address
 
     def read(self, offset: int, length: int) -> bytes:
@@ -80,7 +105,7 @@ class Remote:
             RemoteCallTimeout   it blocked beyond the deadline and was abandoned
         """
         try:
-            result = self._tracee.syscall(number, *args)
+            result = self._caller.syscall(number, *args)
         except RemoteCallTimeout as error:
             raise RemoteCallTimeout(error.errno or 0, name, error.detail) from error
         if -x86.MAX_ERRNO <= result < 0:
@@ -103,9 +128,9 @@ class Remote:
             socket.AF_UNIX,
             socket.SOCK_STREAM | _SOCK_CLOEXEC,
             0,
-            self.scratch,
+            self.scratch + _PAIR_OFFSET,
         )
-        first, second = struct.unpack("=ii", self.read(0, 8))
+        first, second = struct.unpack("=ii", self.read(_PAIR_OFFSET, 8))
         return RemoteFd(first), RemoteFd(second)
 
     def send_through(self, near: RemoteFd, sock: socket.socket) -> None:
@@ -114,7 +139,7 @@ class Remote:
         Nothing runs in QEMU for this: our own copy of *near* is made, used and closed.
         """
         local = linux.pidfd_getfd(self.process.pidfd, near)
-        with socket.socket(fileno=local) as pair:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=local) as pair:
             rights = array.array("i", [sock.fileno()])
             pair.sendmsg(
                 [b"\0"],
@@ -122,30 +147,35 @@ class Remote:
                 socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
             )
 
+    def message(self) -> bytes:
+        """Return what must lie at the beginning of the scratch area for receive_fd()."""
+        block = bytearray(MESSAGE_LEN)
+        _msghdr.pack_into(
+            block,
+            0,
+            *(0, 0, 0),
+            *(self.scratch + _IOV_OFFSET, 1),
+            *(self.scratch + _CONTROL_OFFSET, _CMSG_SPACE),
+            *(0, 0),
+        )
+        _iovec.pack_into(block, _IOV_OFFSET, self.scratch + _DATA_OFFSET, 1)
+        return bytes(block)
+
     def receive_fd(self, far: RemoteFd) -> RemoteFd:
         """Let QEMU take the fd that waits on *far*; return its number there.
+
+        What message() returned must have been written. The number is also left at
+        :data:`RECEIVED_FD_OFFSET`.
 
         Raises
             RemoteSyscallError  EMFILE when QEMU has no free descriptor (nothing is left),
                                 or the kernel's errno
         """
-        iov_at, control_at, data_at = 64, 96, 128
-        message = bytearray(data_at + 8)
-        _msghdr.pack_into(
-            message,
-            0,
-            *(0, 0, 0),
-            *(self.scratch + iov_at, 1),
-            *(self.scratch + control_at, _CMSG_SPACE),
-            *(0, 0),
-        )
-        _iovec.pack_into(message, iov_at, self.scratch + data_at, 1)
-        self.write(0, bytes(message))
         flags = _MSG_DONTWAIT | _MSG_CMSG_CLOEXEC
         self.call("recvmsg", x86.NR_RECVMSG, far, self.scratch, flags)
-        answer = self.read(0, data_at)
+        answer = self.read(0, RECEIVED_FD_OFFSET + 4)
         result_flags = struct.unpack_from("=I", answer, 48)[0]
-        length, level, kind = _cmsghdr.unpack_from(answer, control_at)
+        length, level, kind = _cmsghdr.unpack_from(answer, _CONTROL_OFFSET)
         if (
             result_flags & _MSG_CTRUNC
             or (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS)
@@ -157,12 +187,11 @@ class Remote:
                 "QEMU did not get the socket: its descriptor table is full, "
                 "or a security module refused it",
             )
-        (fd,) = struct.unpack_from("=i", answer, control_at + _cmsghdr.size)
+        (fd,) = struct.unpack_from("=i", answer, RECEIVED_FD_OFFSET)
         return RemoteFd(fd)
 
-    def require_same_socket(self, fd: RemoteFd, sock: socket.socket) -> None:
-        """Raise RemoteSyscallError unless QEMU's *fd* is the very socket *sock*."""
-        expected = f"socket:[{os.fstat(sock.fileno()).st_ino}]"
+    def require_link(self, fd: RemoteFd, expected: str) -> None:
+        """Raise RemoteSyscallError unless QEMU's *fd* is what socket_link() told."""
         found = self.process.fd_link(fd)
         if found != expected:
             raise RemoteSyscallError(
@@ -172,3 +201,8 @@ class Remote:
     def write_struct(self, offset: int, value: ctypes.Structure) -> RemoteAddr:
         """Write a kernel structure at *offset* of the scratch area; return its address."""
         return self.write(offset, bytes(value))
+
+
+def socket_link(sock: socket.socket) -> str:
+    """Return what a descriptor of *sock* refers to, as /proc shows it."""
+    return f"socket:[{os.fstat(sock.fileno()).st_ino}]"

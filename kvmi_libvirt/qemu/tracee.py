@@ -6,20 +6,18 @@ every event loop expects, so that even the death of this process in the middle
 amounts to "a poll returned early". No text is patched, no PTRACE_O_EXITKILL is
 set, every signal that arrives meanwhile is handed back.
 
-All calls must come from the OS thread that attached. May import ``abi``,
-``errors``, ``newtypes``, ``linux`` and ``qemu.process``.
+All calls must come from the OS thread that attached. May import ``abi``, ``errors``,
+``newtypes``, ``linux`` and the rest of ``qemu`` but ``remote``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
 import os
 import signal
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from kvmi_libvirt import linux
@@ -34,7 +32,11 @@ from kvmi_libvirt.errors import (
     TargetUnsuitable,
     TraceError,
 )
-from kvmi_libvirt.newtypes import RemoteAddr, Tid
+from kvmi_libvirt.newtypes import RemoteAddr
+from kvmi_libvirt.qemu import parked
+from kvmi_libvirt.qemu.kept_signals import KeptSignals
+from kvmi_libvirt.qemu.looking import Sight, again, busy, gone, look, refusal
+from kvmi_libvirt.qemu.urgency import Urgency
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,8 +47,11 @@ logger = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.02
 _GRACE_S: Final = 0.5
+_BUSY_S: Final = 3.0
+_MIN_TRIES: Final = 10
 _MAX_INTERRUPTED: Final = 16
 _WORD: Final = 0xFFFF_FFFF_FFFF_FFFF
+_SYSCALL_STOP: Final = signal.SIGTRAP | pt.SYSCALL_STOP_BIT
 
 
 def _trace_nothing(_point: str) -> None:
@@ -55,12 +60,6 @@ def _trace_nothing(_point: str) -> None:
 
 
 _trace: Callable[[str], None] = _trace_nothing
-
-
-@dataclass(frozen=True, slots=True)
-class _Signal:
-    number: int
-    siginfo: bytes
 
 
 def start_deadline_timer() -> None:
@@ -94,33 +93,39 @@ class Tracee:
         self._tid = process.main_thread
         self._deadline = deadline
         self._saved = x86.user_regs_struct()
+        self._regs = x86.user_regs_struct()  # for our calls
         self._stopped = False
         self._dirty = False  # registers differ from the saved ones
         self._is_parked = False
-        self._signals: list[_Signal] = []
+        self._signals = KeptSignals(process)
+        self._urgency = Urgency()
         self.stopped_at_s = 0.0
         self.stall_s = 0.0
 
     # -- attaching -------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Attach, stop the thread and check that it is parked.
+        """Attach to the thread and stop it, if it is parked.
 
         Raises
             TargetBusy        not parked; it runs on, nothing was touched
             TargetUnsuitable  not permitted, or 32-bit
             TargetGone        the process has ended
         """
+        looked = look(self._process)
         self._seize()
         try:
             # The pid could have been re-used between identification and SEIZE.
             self._process.require_alive()
-            self._trace_call("PTRACE_INTERRUPT", linux.ptrace_interrupt)
+            self._urgency.begin()
+            self._request("PTRACE_INTERRUPT", linux.ptrace_interrupt)
             self._wait_event_stop()
+            self.stopped_at_s = time.monotonic()
             _trace("stopped")
             self._saved = linux.ptrace_getregs(self._tid)
-            self._require_parked()
-            self.stopped_at_s = time.monotonic()
+            self._require_parked(looked)
+            self._regs = parked.call_registers(self._saved)
+            self.hurry()
         except BaseException:
             self.release()
             raise
@@ -130,24 +135,9 @@ class Tracee:
             linux.ptrace_seize(self._tid, pt.PTRACE_O_TRACESYSGOOD)
         except OSError as error:
             if error.errno == errno.ESRCH:
-                raise TargetGone(
-                    f"QEMU process {self._process.pid} has ended", pid=self._process.pid
-                ) from error
-            if error.errno == errno.EPERM and self._process.is_ending(error):
-                raise TargetGone(
-                    f"QEMU process {self._process.pid} has ended", pid=self._process.pid
-                ) from error
+                raise gone(self._process) from error
             if error.errno == errno.EPERM:
-                tracer = self._process.tracer()
-                reason = (
-                    f"process {tracer} traces it already"
-                    if tracer
-                    else "CAP_SYS_PTRACE is missing, or a security module forbids it"
-                )
-                raise TargetUnsuitable(
-                    f"not permitted to trace process {self._process.pid}: {reason}",
-                    pid=self._process.pid,
-                ) from error
+                raise refusal(self._process, error) from error
             raise TraceError(
                 error.errno or 0, "could not attach", call="PTRACE_SEIZE", tid=self._tid
             ) from error
@@ -155,47 +145,43 @@ class Tracee:
 
     def _wait_event_stop(self) -> None:
         # A signal-delivery stop may come before ours. Nothing is injected yet, so
-        # the signal is simply delivered and the interrupt stays pending.
+        # the signal is simply delivered and the interrupt stays pending. There is no
+        # way back but through the stop: only a stopped thread can be let go.
         while True:
-            status = self._wait()
+            status = self._next_stop()
+            if status is None:
+                continue
             event, number = status >> 16, os.WSTOPSIG(status)
             if event == pt.PTRACE_EVENT_STOP:
+                if time.monotonic() > self._deadline:
+                    raise busy(self._process, "it did not stop in time")
                 return
             self._stopped = False
-            linux.ptrace_cont(self._tid, 0 if number == signal.SIGTRAP | 0x80 else number)
+            linux.ptrace_cont(self._tid, 0 if number == _SYSCALL_STOP else number)
 
-    def _require_parked(self) -> None:
+    def _require_parked(self, looked: Sight) -> None:
         regs = self._saved
         if regs.cs != x86.USER_CS:
             raise TargetUnsuitable(
                 f"the main thread of process {self._process.pid} runs 32-bit code",
                 pid=self._process.pid,
             )
-        result = _signed(regs.rax)
-        interrupted = result in x86.RESTART_CODES or (
-            # epoll_wait(2) is never restarted: being interrupted already made it EINTR.
-            result == -errno.EINTR and regs.orig_rax in x86.EPOLL_CALLS
-        )
-        parked = interrupted and self._called_by_code(regs)
-        if not parked:
-            raise TargetBusy(
-                f"the main thread of process {self._process.pid} is not waiting for events "
-                f"(system call {_signed(regs.orig_rax)}, result {result})",
-                pid=self._process.pid,
-            )
+        # It may have gone on since it was looked at, as a rule to where it was before.
+        sight = again(self._process, looked, parked.wait_of(regs))
+        if not parked.is_interrupted(regs):
+            raise busy(self._process, "it has just been given something to do")
+        if objection := parked.objection(sight.wait, sight.code):
+            raise busy(self._process, objection)
         self._is_parked = True
 
-    def _called_by_code(self, regs: x86.user_regs_struct) -> bool:
-        # The thread must stand behind a syscall instruction, which we use again. A
-        # poll(2) interrupted for the second time is in restart_syscall(2), like a
-        # sleep would be: the code that made the call tells which it is.
-        expected = x86.SYSCALL_INSTRUCTION
-        if regs.orig_rax == x86.NR_RESTART_SYSCALL:
-            expected = x86.MOV_POLL_TO_EAX + expected
-        elif regs.orig_rax not in x86.PARKED_CALLS:
-            return False
-        address = RemoteAddr(regs.rip - len(expected))
-        return linux.process_vm_readv(self._process.pid, address, len(expected)) == expected
+    def hurry(self) -> None:
+        """Be scheduled at once, and where the thread is, while it waits for us."""
+        self._urgency.begin()
+        self._urgency.move_to(self._process.cpu())
+
+    def rest(self) -> None:
+        """Be scheduled as any process, for a pause between calls."""
+        self._urgency.end()
 
     # -- calling ---------------------------------------------------------------------
 
@@ -229,30 +215,23 @@ class Tracee:
         return -errno.EINTR
 
     def _syscall_once(self, number: int, args: tuple[int, ...]) -> int:
-        regs = x86.user_regs_struct.from_buffer_copy(self._saved)
-        regs.rip = self._saved.rip - len(x86.SYSCALL_INSTRUCTION)
+        regs = self._regs
         regs.rax = number
         regs.orig_rax = _WORD  # else the kernel may step rip back once more
-        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), args, strict=False):
-            setattr(regs, name, value & _WORD)
+        regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9 = (*args, 0, 0, 0, 0, 0, 0)[:6]
         self._dirty = True
-        self._trace_call("PTRACE_SETREGS", lambda tid: linux.ptrace_setregs(tid, regs))
+        self._request("PTRACE_SETREGS", linux.ptrace_setregs, regs)
         _trace("call-prepared")
         try:
-            return self._run_prepared(number)
+            self._resume_to_syscall_stop()
+            _trace("call-entered")
+            self._resume_to_syscall_stop()
         except RemoteCallTimeout:
             self._skip_entered_call()
             raise
-
-    def _run_prepared(self, number: int) -> int:
-        self._resume_to_syscall_stop()
+        # Entry and exit alternate: were the first stop not the entry, this is no exit.
         info = linux.ptrace_syscall_info(self._tid)
-        if info.op != pt.PTRACE_SYSCALL_INFO_ENTRY or info.entry.nr != number:
-            self._unexpected_stop(f"op {info.op} instead of the entry of call {number}")
-        _trace("call-entered")
-        self._resume_to_syscall_stop()
-        info = linux.ptrace_syscall_info(self._tid)
-        if info.op != pt.PTRACE_SYSCALL_INFO_EXIT:
+        if info.op != pt.PTRACE_SYSCALL_INFO_EXIT or info.instruction_pointer != self._saved.rip:
             self._unexpected_stop(f"op {info.op} instead of the exit of call {number}")
         _trace("call-returned")
         return int(info.exit.rval)
@@ -275,10 +254,9 @@ class Tracee:
     def _resume_to_syscall_stop(self) -> None:
         while True:
             self._stopped = False
-            self._trace_call("PTRACE_SYSCALL", linux.ptrace_syscall)
+            self._request("PTRACE_SYSCALL", linux.ptrace_syscall)
             status = self._wait()
-            event, number = status >> 16, os.WSTOPSIG(status)
-            if event == 0 and number == signal.SIGTRAP | pt.SYSCALL_STOP_BIT:
+            if status >> 16 == 0 and os.WSTOPSIG(status) == _SYSCALL_STOP:
                 return
             self._keep_signal_of(status)
             # An event stop (group-stop, or SIGCONT ended one) needs nothing.
@@ -292,19 +270,12 @@ class Tracee:
         # because only a stopped thread can be given its registers back.
         interrupted = False
         while True:
-            status = linux.wait_stop(self._tid)
+            status = self._next_stop()
             if status is None:
                 if time.monotonic() > self._deadline and not interrupted:
                     interrupted = True
-                    self._trace_call("PTRACE_INTERRUPT", linux.ptrace_interrupt)
+                    self._request("PTRACE_INTERRUPT", linux.ptrace_interrupt)
                 continue
-            if not os.WIFSTOPPED(status):
-                self._stopped = self._dirty = False
-                raise TargetGone(
-                    f"QEMU process {self._process.pid} ended while it was served",
-                    pid=self._process.pid,
-                )
-            self._stopped = True
             if interrupted:
                 self._keep_signal_of(status)
                 raise RemoteCallTimeout(
@@ -312,15 +283,27 @@ class Tracee:
                 )
             return status
 
-    def _trace_call(self, name: str, call: Callable[[Tid], None]) -> None:
+    def _next_stop(self) -> int | None:
+        # None at a tick of the timer.
+        status = linux.wait_stop(self._tid)
+        if status is None:
+            if not self._process.has_main_thread():
+                self._stopped = self._dirty = False
+                raise gone(self._process)
+        elif os.WIFSTOPPED(status):
+            self._stopped = True
+        else:
+            self._stopped = self._dirty = False
+            raise gone(self._process)
+        return status
+
+    def _request(self, name: str, request: Callable[..., None], *args: object) -> None:
         try:
-            call(self._tid)
+            request(self._tid, *args)
         except OSError as error:
             if error.errno == errno.ESRCH and self._process.is_ending(error):
                 self._stopped = self._dirty = False
-                raise TargetGone(
-                    f"QEMU process {self._process.pid} has ended", pid=self._process.pid
-                ) from error
+                raise gone(self._process) from error
             raise TraceError(
                 error.errno or 0, "could not continue", call=name, tid=self._tid
             ) from error
@@ -340,9 +323,7 @@ class Tracee:
             if not self._stopped:
                 return
             _trace("before-restore")
-            if self._dirty or self._must_rewind():
-                linux.ptrace_setregs(self._tid, self._as_if_undisturbed())
-                self._dirty = False
+            self._restore()
             _trace("restored")
             self._detach()
         except (TargetGone, ProcessLookupError):
@@ -352,6 +333,8 @@ class Tracee:
             logger.critical(
                 "thread %d of QEMU could not be given its registers back: %s", self._tid, registers
             )
+            with contextlib.suppress(OSError):  # stopped for ever would be no better
+                linux.ptrace_detach(self._tid)
             raise RestoreFailed(
                 error.errno or 0,
                 f"could not restore QEMU's main thread; its registers were {registers}",
@@ -360,100 +343,44 @@ class Tracee:
             ) from error
         finally:
             self._stopped = False
-            if self.stopped_at_s:
+            if self.stopped_at_s and not self.stall_s:
                 self.stall_s = time.monotonic() - self.stopped_at_s
+            self._urgency.end()
 
-    def _must_rewind(self) -> bool:
-        # The kernel restarts poll(2) and ppoll(2) by itself, but makes EINTR of an
-        # epoll_wait(2) that was merely stopped, signal(7). Where it waits for ever it
-        # can be made again; with a timeout nobody knows how much of it is left.
-        return (
+    def _restore(self) -> None:
+        # With a signal to come the call ends with EINTR in any case.
+        make_again = (
             self._is_parked
             and not self._signals
-            and self._saved.orig_rax in x86.EPOLL_CALLS
-            and _signed(self._saved.rax) == -errno.EINTR
-            and self._waits_for_ever()
+            and not parked.is_restarted_by_the_kernel(self._saved)
         )
-
-    def _waits_for_ever(self) -> bool:
-        if self._saved.orig_rax == x86.NR_EPOLL_PWAIT2:
-            return bool(self._saved.r10 == 0)
-        return ctypes.c_int32(self._saved.r10 & 0xFFFF_FFFF).value < 0
-
-    def _as_if_undisturbed(self) -> x86.user_regs_struct:
-        if not self._must_rewind():
-            return self._saved
-        regs = x86.user_regs_struct.from_buffer_copy(self._saved)
-        regs.rip -= len(x86.SYSCALL_INSTRUCTION)
-        regs.rax = self._saved.orig_rax
-        regs.orig_rax = _WORD
-        return regs
+        if make_again:
+            linux.ptrace_setregs(self._tid, parked.made_again(self._saved))
+        elif self._dirty:
+            linux.ptrace_setregs(self._tid, self._saved)
+        self._dirty = False
 
     def _stop_if_running(self) -> None:
         # Only after a failed wait or resume; ordinarily the thread is stopped here.
         if self._stopped:
             return
-        try:
-            linux.ptrace_interrupt(self._tid)
-        except ProcessLookupError:
-            return
-        while True:
-            status = linux.wait_stop(self._tid)
-            if status is None:
-                continue
-            if os.WIFSTOPPED(status):
-                self._stopped = True
-                self._keep_signal_of(status)
-            return
+        linux.ptrace_interrupt(self._tid)
+        while (status := self._next_stop()) is None:
+            pass
+        self._keep_signal_of(status)
 
     def _keep_signal_of(self, status: int) -> None:
-        # A signal-delivery stop is the only trace of the signal: note it now.
-        event, number = status >> 16, os.WSTOPSIG(status)
-        if event == 0 and number != signal.SIGTRAP | pt.SYSCALL_STOP_BIT:
-            self._signals.append(_Signal(number, linux.ptrace_getsiginfo(self._tid)))
-            logger.debug("signal %d kept for thread %d", number, self._tid)
+        number = os.WSTOPSIG(status)
+        if status >> 16 == 0 and number != _SYSCALL_STOP:
+            self._signals.keep(number)
 
     def _detach(self) -> None:
         # The restart of the interrupted call is decided on the way out of DETACH,
         # which always passes the signal path; plain CONT from here would not.
-        if not self._signals:
+        if self._signals:
+            self._signals.hand_back(self._next_stop)
+        else:
             linux.ptrace_detach(self._tid)
-            return
-        # A signal kept from the thread is queued again and caught at its delivery,
-        # where its original siginfo can be put back. It then interrupts the
-        # restored call exactly as it would have done without us.
-        first, *rest = self._signals
-        linux.tgkill(self._process.pid, self._tid, first.number)
-        for kept in rest:
-            linux.tgkill(self._process.pid, self._tid, kept.number)
-        # Whatever became of that signal, an event stop comes: CONT alone could let
-        # the thread see its restart code as a result.
-        linux.ptrace_interrupt(self._tid)
-        linux.ptrace_cont(self._tid)
-        event_stops = 0
-        while True:
-            status = linux.wait_stop(self._tid)
-            if status is None:  # the signal came to nothing: get hold of the thread again
-                linux.ptrace_interrupt(self._tid)
-                continue
-            if not os.WIFSTOPPED(status):
-                return
-            event, number = status >> 16, os.WSTOPSIG(status)
-            if event == pt.PTRACE_EVENT_STOP:
-                event_stops += 1
-                if event_stops > 1:
-                    linux.ptrace_detach(self._tid)
-                    return
-                linux.ptrace_cont(self._tid)
-                continue
-            if number == first.number:
-                linux.ptrace_setsiginfo(self._tid, first.siginfo)
-            linux.ptrace_detach(self._tid, number)
-            return
-
-
-def _signed(value: int) -> int:
-    return ctypes.c_int64(value).value
 
 
 _held: dict[int, Tracee] = {}
@@ -472,6 +399,7 @@ def hold(process: Process, *, deadline: float) -> Iterator[Tracee]:
     """
     with attach_parked(process, deadline=deadline) as tracee:
         _held[process.pid] = tracee
+        tracee.rest()
         try:
             yield tracee
         finally:
@@ -486,14 +414,19 @@ def attach_parked(process: Process, *, deadline: float) -> Iterator[Tracee]:
     between two events.
 
     Raises
-        TargetBusy  not found parked until the deadline; nothing was touched
+        TargetBusy  not found parked for three seconds, or until the deadline; nothing
+                    was touched
         TargetGone  the process ended, whatever was being done; nothing is left to undo
     """
     held = _held.get(process.pid)
     try:
         if held is not None:
             held.extend_deadline(deadline)
-            yield held
+            held.hurry()
+            try:
+                yield held
+            finally:
+                held.rest()
             return
         tracee = _entered(process, deadline)
         try:
@@ -505,11 +438,13 @@ def attach_parked(process: Process, *, deadline: float) -> Iterator[Tracee]:
     except (KvmiLibvirtError, OSError) as error:
         # Any request to a dying process can be the one that says so.
         if process.is_ending(error):
-            raise TargetGone(f"QEMU process {process.pid} has ended", pid=process.pid) from error
+            raise gone(process) from error
         raise
 
 
 def _entered(process: Process, deadline: float) -> Tracee:
+    # Between two tries on a busy host seconds can pass: count them as well.
+    give_up = min(deadline, time.monotonic() + _BUSY_S)
     delay = 0.0005
     tries = 0
     while True:
@@ -517,9 +452,10 @@ def _entered(process: Process, deadline: float) -> Tracee:
         try:
             tracee.attach()
             return tracee
-        except TargetBusy as busy:
+        except TargetBusy as error:
             tries += 1
-            if time.monotonic() + delay > deadline:
-                raise TargetBusy(f"{busy}; tried {tries} times", pid=process.pid) from busy
+            next_try = time.monotonic() + delay
+            if next_try > deadline or (next_try > give_up and tries >= _MIN_TRIES):
+                raise TargetBusy(f"{error}; tried {tries} times", pid=process.pid) from error
         time.sleep(delay)
         delay = min(delay * 2, 0.02)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support import wait_until
+from support import wait_for_supervisor, wait_until
 
 from kvmi_libvirt.abi.kvmi import KVM_CHECK_EXTENSION, Ioctl, KvmiAbi
 
@@ -42,31 +42,20 @@ def hook_argument(fd: int, *, padding: int = 0, uuid: bytes = bytes(16)) -> str:
     return struct.pack("=iI16s", fd, padding, uuid).hex()
 
 
-def supervisor_of(pid: int) -> int | None:
-    """Return the process id of the supervisor that serves *pid*, if there is one."""
-    wanted = f"kvmi-emulator for process {pid}".encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                found = (entry / "cmdline").read_bytes().rstrip(b"\0")
-            except OSError:
-                continue
-            if found == wanted:
-                return int(entry.name)
-    return None
+def stop_process(pid: int) -> None:
+    """Send SIGSTOP, and wait until the process has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{pid}/stat")
+    wait_until(
+        lambda: stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T",
+        what=f"process {pid} stops",
+    )
 
 
-def wait_for_supervisor(pid: int) -> int:
-    """Return the process id of the supervisor of *pid*, once it shows itself."""
-    found: list[int | None] = []
-
-    def is_there() -> bool:
-        found.append(supervisor_of(pid))
-        return found[-1] is not None
-
-    wait_until(is_there, what=f"the supervisor of {pid}")
-    assert found[-1] is not None
-    return found[-1]
+def wait_until_notified(tid: int) -> None:
+    """Wait until thread *tid* waits for the supervisor's answer."""
+    wchan = Path(f"/proc/{tid}/wchan")
+    wait_until(lambda: "seccomp" in wchan.read_text(encoding="ascii"), what="the call is notified")
 
 
 def wait_for_end(pidfd: int, *, what: str) -> None:
@@ -131,7 +120,7 @@ class Emulated:
                 assert not options
                 name = f"{WRAPPER.name}-{abi.name}".removesuffix("-v12")
                 command = [str(WRAPPER.with_name(name)), *victim]
-                environment = {**os.environ, "KVMI_QEMU": sys.executable, "PERL5OPT": "-w"}
+                environment = {**os.environ, "KVMI_QEMU": sys.executable, "PERL5OPT": "-w -Mstrict"}
             self.process = subprocess.Popen(
                 command, pass_fds=fds, user=user, stderr=subprocess.PIPE, env=environment
             )
@@ -233,19 +222,11 @@ class Emulated:
 
     def stop_supervisor(self) -> None:
         """Stop the supervisor, and wait until it is."""
-        os.kill(self.supervisor, signal.SIGSTOP)
-        stat = Path(f"/proc/{self.supervisor}/stat")
-        wait_until(
-            lambda: stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T",
-            what="the supervisor stops",
-        )
+        stop_process(self.supervisor)
 
     def wait_until_blocked(self, pid: int | None = None) -> None:
         """Wait until the victim's main thread, or *pid*, waits for the supervisor's answer."""
-        wchan = Path(f"/proc/{pid or self.pid}/wchan")
-        wait_until(
-            lambda: "seccomp" in wchan.read_text(encoding="ascii"), what="the call is notified"
-        )
+        wait_until_notified(pid or self.pid)
 
 
 class SecondThread:

@@ -112,6 +112,10 @@ class Desk:
             if line["tid"] == vm.pid and "CHECK" not in line["ioctl"] and line["errno"] == 0
         ]
 
+    def has_made(self, vm: StandIn, *last: str) -> None:
+        """Wait until these are the last ioctls in the trace, which is written behind."""
+        wait_until(lambda: self.ioctls(vm)[-len(last) :] == list(last), what=f"the last are {last}")
+
     def is_alive(self, vm: StandIn) -> bool:
         with open_domain(vm.name, vm.uuid, run_dir=self.fleet.run_dir) as process:
             return process.is_alive()
@@ -174,10 +178,10 @@ def test_a_vm_is_hooked_and_looked_at_again_without_a_step(desk: Desk) -> None:
     first = desk.look(vm, desk.element(INFO, READ))
     assert (first.step, first.error, first.retry_s) == (Step.HOOK.value, None, None)
     assert first.stall_us > 0
-    done = desk.ioctls(vm)
+    desk.has_made(vm, "HOOK", "COMMAND", "COMMAND")
     again = desk.look(vm, desk.element(INFO, READ))
     assert (again.step, again.error, again.stall_us) == (Step.CHANGE.value, None, 0)
-    assert desk.ioctls(vm) == done
+    assert desk.ioctls(vm) == ["HOOK", "COMMAND", "COMMAND"]
     assert desk.allowed(vm) == {INFO, READ}
     assert desk.sockets(vm) == []
 
@@ -211,6 +215,7 @@ def test_a_tool_that_is_gone_is_called_again(desk: Desk) -> None:
     outcome = desk.look(vm, desk.element(INFO, READ))
     assert (outcome.step, outcome.error) == (Step.HOOK.value, None)
     assert desk.allowed(vm) == {INFO, READ}
+    wait_until(lambda: desk.ioctls(vm).count("HOOK") == 2, what="the second hook is traced")
     assert desk.ioctls(vm).count("UNHOOK") == 1
     assert desk.sockets(vm) == []
 
@@ -222,7 +227,7 @@ def test_a_tool_that_is_gone_for_good_ends_it(desk: Desk) -> None:
     desk.leave(vm)
     outcome = desk.look(vm, element)
     assert (outcome.step, outcome.error) == (Step.UNHOOK.value, None)
-    assert desk.ioctls(vm)[-1] == "UNHOOK"
+    desk.has_made(vm, "UNHOOK")
     assert desk.record(vm).error == TOOL_HAS_GONE
     assert desk.look(vm, element).step == Step.NOTHING.value
     # Another policy is another matter.
@@ -266,14 +271,14 @@ def test_a_tool_that_asked_for_it_is_told_first_and_given_its_time(desk: Desk) -
     outcome = desk.look(vm)
     assert (outcome.step, outcome.leaving_s) == (Step.LEAVE.value, 7)
     assert desk.tool.asked(vm.uuid) == 1
-    assert desk.ioctls(vm)[-1] == "PREUNHOOK"
+    desk.has_made(vm, "PREUNHOOK")
     assert desk.allowed(vm) == {INFO, CONTROL}  # what it has to undo, it can
     # It has had its time.
     inode = str(desk.record(vm).socket_inode)
     end = desk.look(vm, asked=inode)
     assert (end.step, end.leaving_s) == (Step.UNHOOK.value, None)
     assert desk.tool.asked(vm.uuid) == 1
-    assert desk.ioctls(vm)[-1] == "UNHOOK"
+    desk.has_made(vm, "UNHOOK")
     assert desk.record(vm).state == st.UNHOOKED
 
 
@@ -282,7 +287,7 @@ def test_a_tool_that_did_not_ask_for_it_is_not_waited_for(desk: Desk) -> None:
     desk.look(vm, desk.element(INFO))
     outcome = desk.look(vm)
     assert (outcome.step, outcome.leaving_s) == (Step.LEAVE.value, None)
-    assert desk.ioctls(vm)[-1] == "UNHOOK"
+    desk.has_made(vm, "UNHOOK")
     assert desk.allowed(vm) is None
 
 
@@ -444,7 +449,7 @@ def test_a_place_that_is_not_allowed_any_more_ends_the_introspection(desk: Desk)
     end = desk.look(vm, element, asked=str(desk.record(vm).socket_inode))
     assert "not allowed on this host" in (end.error or "")
     assert desk.allowed(vm) is None
-    assert desk.ioctls(vm)[-1] == "UNHOOK"
+    desk.has_made(vm, "UNHOOK")
 
 
 @pytest.mark.parametrize("text", ["<broken", "<host-policy/>", ""])
@@ -491,12 +496,10 @@ def test_what_a_kernel_lacks_is_told_and_what_is_not_allowed_any_more_goes(
         assert outcome.kind == "UnsupportedByKernel"
         assert outcome.retry_s is not None
         assert desk.record(vm).commands == (INFO,)
-        last = trace_lines(tmp_path / "trace.jsonl")[-1]
-        read = V7.commands_by_name[READ].id
-        assert (last["ioctl"], last["args"], last["errno"]) == (
-            "KVM_INTROSPECTION_COMMAND",
-            {"allow": 0, "id": read},
-            0,
+        denied = {"allow": 0, "id": V7.commands_by_name[READ].id}
+        wait_until(
+            lambda: trace_lines(tmp_path / "trace.jsonl")[-1]["args"] == denied,
+            what="it is taken away",
         )
         assert desk.look(vm, desk.element(INFO, READ)).error is None
         assert set(desk.record(vm).commands) == {INFO, READ}
@@ -570,7 +573,7 @@ def test_a_worker_that_dies_while_it_hooks_is_cleaned_up_after(desk: Desk) -> No
         if not has_died:
             break
         assert again.step == Step.NOTHING.value
-        assert desk.ioctls(vm)[-1:] in ([], ["UNHOOK"])
+        desk.has_made(vm, "UNHOOK")
         deaths += 1
     assert deaths > 6
     desk.look(vm, desk.element(INFO))

@@ -21,13 +21,16 @@ from agent_harness import (
     WAIT_S,
     Site,
     host,
+    own,
     programs,
+    running,
     site,
     tool,
 )
 from agent_rig import PROGRAM, write_policy, write_status
 from emulator_harness import trace_lines, wait_for_end
 from patient_tool import PatientTool
+from support import wait_until
 
 from kvmi_libvirt import introspect
 from kvmi_libvirt.cli.rights import changed, read_names
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 
     from fleet import StandIn
 
-__all__ = ["host", "programs", "tool"]
+__all__ = ["host", "own", "programs", "running", "tool"]
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp, pytest.mark.ptrace]
 
@@ -111,15 +114,15 @@ def test_an_assignment_that_is_gone_ends_politely(tmp_path: Path, programs: Path
         host.agent.reload()
         host.wait_state(polite, "unhooked")
         host.agent.wait(lambda: tool.asked(slow.uuid) == 1, what="the other is asked too")
-        assert calls(trace, polite)[-2:] == ["PREUNHOOK", "UNHOOK"]
+        made(trace, polite, "PREUNHOOK", "UNHOOK")
         assert tool.asked(polite.uuid) == 1
         # It has ten minutes, and keeps its rights: it may have to undo something.
         assert host.rights(slow) == {INFO, CONTROL, UNHOOK}
         assert host.allows(tool, slow) == {INFO, CONTROL}
-        assert calls(trace, slow)[-1] == "PREUNHOOK"
+        made(trace, slow, "PREUNHOOK")
         tool.drop(slow.uuid)
         host.wait_state(slow, "unhooked")
-        assert calls(trace, slow)[-2:] == ["PREUNHOOK", "UNHOOK"]
+        made(trace, slow, "PREUNHOOK", "UNHOOK")
         assert host.is_alive(polite)
         assert host.is_alive(slow)
 
@@ -140,6 +143,7 @@ def test_a_tool_that_does_not_let_go_is_waited_for_no_longer_than_it_was_given(
         write_policy(tmp_path)
         host.agent.reload()
         host.wait_state(vm, "unhooked")
+        made(trace, vm, "PREUNHOOK", "UNHOOK")
         asked, ended = (
             line["t"]
             for line in trace_lines(trace)
@@ -147,6 +151,11 @@ def test_a_tool_that_does_not_let_go_is_waited_for_no_longer_than_it_was_given(
         )
         assert ended - asked >= 0.9
         assert tool.wait(at_most=0, timeout_s=WAIT_S) == 0
+
+
+def made(trace: Path, vm: StandIn, *last: str) -> None:
+    """Wait until these are the last ioctls in the trace, which is written behind."""
+    wait_until(lambda: calls(trace, vm)[-len(last) :] == list(last), what=f"the last are {last}")
 
 
 def calls(trace: Path, vm: StandIn) -> list[str]:
@@ -363,23 +372,22 @@ class Manager:
             os.close(self.fds.pop(fields["FDNAME"]))
 
 
-def test_an_agent_whose_worker_parent_is_killed_ends_with_a_reason(
-    host: Site, tool: PatientTool
-) -> None:
-    host.assign()
-    (vm,) = host.boot("vm")
-    host.wait_rights(vm)
-    agent = host.agent.process
-    assert agent is not None
-    (zygote,) = children(agent.pid)
-    os.kill(zygote, signal.SIGKILL)
-    assert agent.wait(WAIT_S) == 1
-    assert host.log().rstrip().endswith("start the agent anew")
-    assert "Traceback" not in host.log()
-    assert host.allows(tool, vm) == {INFO}
-    host.agent.stop()
-    host.agent.start()
-    host.wait_rights(vm)
+def test_an_agent_whose_worker_parent_is_killed_ends_with_a_reason(own: Site) -> None:
+    own.assign()
+    with PatientTool(own.tool_path) as tool:
+        (vm,) = own.boot("vm")
+        own.wait_rights(vm)
+        agent = own.agent.process
+        assert agent is not None
+        (parent_of_workers,) = children(agent.pid)
+        os.kill(parent_of_workers, signal.SIGKILL)
+        assert agent.wait(WAIT_S) == 1
+        assert own.log().rstrip().endswith("start the agent anew")
+        assert "Traceback" not in own.log()
+        assert own.allows(tool, vm) == {INFO}
+        own.agent.start()
+        own.wait_rights(vm)
+        assert own.allows(tool, vm) == {INFO}
 
 
 def children(pid: int) -> list[int]:
@@ -387,20 +395,20 @@ def children(pid: int) -> list[int]:
         return [int(word) for word in file.read().split()]
 
 
-def test_of_agents_that_start_at_once_one_serves_and_the_others_say_why(host: Site) -> None:
-    host.agent.kill()  # its socket lies there
-    command = [str(PROGRAM), "agent", "--config", str(host.agent.config)]
+def test_of_agents_that_start_at_once_one_serves_and_the_others_say_why(own: Site) -> None:
+    own.agent.kill()  # its socket lies there
+    command = [str(PROGRAM), "agent", "--config", str(own.agent.config)]
     with contextlib.ExitStack() as stack:
         agents = [
             stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE)) for _ in range(3)
         ]
-        host.agent.wait(
+        own.agent.wait(
             lambda: sum(agent.poll() is None for agent in agents) == 1, what="one is left"
         )
-        host.agent.wait(host.agent.answers, what="it serves")
+        own.agent.wait(own.agent.answers, what="it serves")
         for agent in agents:
             if agent.poll() is None:
-                assert host.agent.ask("ping")["pid"] == agent.pid
+                assert own.agent.ask("ping")["pid"] == agent.pid
                 agent.terminate()
                 continue
             assert agent.stderr is not None

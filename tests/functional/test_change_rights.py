@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 from stand_in import UUID, Tool, running_tool, stand_in
 
-from kvmi_libvirt import introspect
 from kvmi_libvirt.cli.rights import changed, read_names
 from kvmi_libvirt.errors import HandshakeRefused, SessionError, UnsupportedByKernel
-from kvmi_libvirt.introspect import change_vm, hook_vm
+from kvmi_libvirt.introspect import calling, change_vm, hook_vm
 from kvmi_libvirt.policy.element import Domain
 from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
 from kvmi_libvirt.policy.secret import read_secret
@@ -50,7 +49,7 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def read(name: str) -> bytes:
         return read_secret(name, directory=directory, owner=os.geteuid())
 
-    monkeypatch.setattr(introspect, "read_secret", read)
+    monkeypatch.setattr(calling, "read_secret", read)
     return directory
 
 

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
+import socket
+import struct
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,10 +23,12 @@ from emulator_harness import (
     feature,
     hook_argument,
     received,
-    supervisor_of,
+    stop_process,
     tool_pair,
     wait_for_end,
+    wait_until_notified,
 )
+from support import supervisor_of, wait_for_supervisor
 
 from kvmi_libvirt.abi.kvmi import Ioctl, KvmiAbi
 from kvmi_libvirt.abi.v7 import V7
@@ -30,7 +36,7 @@ from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.errors import ExitCode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp]
 
@@ -187,7 +193,7 @@ def test_two_vms_when_hooked_on_one_socket_then_unhooking_one_ends_it_for_both(
 # -- threads and processes -----------------------------------------------------------------
 
 
-def test_thread_when_it_exits_while_notified_then_the_next_call_is_served(
+def test_fork_child_when_killed_while_notified_then_the_next_call_is_served(
     victim: Emulated,
 ) -> None:
     vm = victim.make_vm()
@@ -200,6 +206,70 @@ def test_thread_when_it_exits_while_notified_then_the_next_call_is_served(
     os.kill(victim.supervisor, signal.SIGCONT)
 
     assert victim.ioctl(Ioctl.COMMAND, vm, feature(1, 8)) == "EFAULT"
+
+
+def test_thread_when_it_exits_while_notified_then_its_process_is_served_on(
+    compile_victim: Callable[[Path], Path],
+) -> None:
+    program = compile_victim(Path(__file__).parent / "victims" / "emulator_thread.c")
+    request = hex(V12.request(Ioctl.COMMAND))
+    with subprocess.Popen(
+        [str(COMMAND_LINE), "emulate", "--", str(program), request],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as process:
+
+        def ask(line: str) -> str:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(f"{line}\n")
+            return process.stdout.readline()
+
+        not_hooked = f"-1 {errno.EFAULT}\n"
+        assert ask("call") == not_hooked
+        supervisor = wait_for_supervisor(process.pid)
+        for _ in range(3):
+            stop_process(supervisor)
+            try:
+                tid = int(ask("thread"))
+                wait_until_notified(tid)
+                assert ask("end") == "ended 0\n"
+            finally:
+                os.kill(supervisor, signal.SIGCONT)
+            assert not Path(f"/proc/{process.pid}/task/{tid}").exists()
+
+            assert ask("call") == not_hooked
+
+
+def test_thread_when_exec_ends_it_in_a_received_call_then_the_new_program_is_served(
+    victim: Emulated,
+) -> None:
+    vm = victim.make_vm()
+    tool, kernel_end = socket.socketpair()
+    with tool, kernel_end:
+        tool.settimeout(TIMEOUT_S)
+        kernel_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        fd = victim.give(kernel_end)
+        assert victim.ioctl(Ioctl.HOOK, vm, hook_argument(fd)) == 0
+        victim.do("close", fd=fd)
+        for ioctl, feature_id in ((Ioctl.COMMAND, 10), (Ioctl.EVENT, 0)):
+            assert victim.ioctl(ioctl, vm, feature(1, feature_id)) == 0
+        assert asked(tool, struct.pack("<HHIHBBI", 10, 8, 5, 0, 1, 0, 0))[8:12] == bytes(4)
+        with victim.second(vm) as second:
+            # A PREUNHOOK whose tool does not read has been received and is not answered.
+            while second.ask_many([(Ioctl.PREUNHOOK, "")]) and second.has_answer(within_s=0.3):
+                assert second.answers(1) == [0]
+            victim.ask("exec_again")
+            victim.do("status")
+        # The VM went with the program, and its channel with the VM.
+        while tool.recv(1 << 16):
+            pass
+
+        vm = victim.make_vm()
+        victim.hook(vm).close()
+        assert victim.ioctl(Ioctl.COMMAND, vm, feature(1, 8)) == 0
 
 
 @pytest.mark.parametrize("abi", [V12], ids=lambda abi: abi.name)

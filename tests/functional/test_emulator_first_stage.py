@@ -22,11 +22,10 @@ from emulator_harness import (
     asked,
     feature,
     wait_for_end,
-    wait_for_supervisor,
 )
-from support import wait_until
+from support import wait_for_supervisor, wait_until
 
-from kvmi_libvirt.abi.kvmi import Ioctl
+from kvmi_libvirt.abi.kvmi import KVM_CREATE_VM, Ioctl
 from kvmi_libvirt.abi.revisions import by_name
 from kvmi_libvirt.abi.v7 import V7
 from kvmi_libvirt.abi.v12 import V12
@@ -87,6 +86,26 @@ def test_wrapper_when_asked_for_its_version_then_qemus_and_nothing_is_left() -> 
     assert result.returncode == 0
     assert result.stdout.startswith("QEMU emulator version")
     assert (set(traces.iterdir()) if traces.is_dir() else set()) == before
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("accelerator", ["kvm", "tcg"])
+def test_wrapper_when_qemu_becomes_a_daemon_then_nothing_holds_its_standard_error(
+    tmp_path: Path, accelerator: str
+) -> None:
+    # So libvirt asks what a QEMU can do, and waits for the end of its standard error.
+    pidfile = tmp_path / "pid"
+    machine = ("-nodefaults", "-nographic", "-machine", f"none,accel={accelerator}")
+
+    result = wrapped_qemu(None, "-S", *machine, "-pidfile", str(pidfile), "-daemonize")
+
+    assert (result.returncode, result.stderr) == (0, "")
+    pidfd = os.pidfd_open(int(pidfile.read_text()))
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        wait_for_end(pidfd, what="QEMU")
+    finally:
+        os.close(pidfd)
 
 
 @pytest.mark.kvm
@@ -248,17 +267,35 @@ def test_calls_when_let_through_by_the_first_stage_then_they_are_known_afterward
 
 @pytest.mark.kvm
 def test_second_vm_when_made_then_python_tells_them_apart(victim: Emulated) -> None:
-    first, second = victim.make_vm(), victim.make_vm()
+    first = victim.make_vm()
+    victim.do("create_vcpu", vm=first, index=0)
+    assert stage(victim) == "perl"
+    second = victim.make_vm()
     assert stage(victim).startswith("python3")
-    for vm, count in ((first, 1), (second, 2)):
-        for index in range(count):
-            victim.do("create_vcpu", vm=vm, index=index)
+    for index in range(2):
+        victim.do("create_vcpu", vm=second, index=index)
     with victim.hook(first) as first_tool, victim.hook(second) as second_tool:
         for vm in (first, second):
             assert victim.ioctl(Ioctl.COMMAND, vm, feature(1, 8)) == 0
 
         assert asked(first_tool, GET_INFO)[16:20] == struct.pack("<I", 1)
         assert asked(second_tool, GET_INFO)[16:20] == struct.pack("<I", 2)
+
+
+@pytest.mark.kvm
+def test_vm_when_it_has_to_be_made_again_then_python_is_not_loaded_for_that(
+    victim: Emulated,
+) -> None:
+    # A KVM_CREATE_VM that was interrupted is repeated, and QEMU waits for nothing.
+    kvm = victim.do("open_kvm")
+    assert victim.do("ioctl", fd=kvm, request=KVM_CREATE_VM, argument=0x7FFF) == "EINVAL"
+    vm = victim.do("create_vm", kvm=kvm)
+    victim.do("create_vcpu", vm=vm, index=0)
+    assert stage(victim) == "perl"
+
+    with victim.hook(vm) as tool:
+        assert victim.ioctl(Ioctl.COMMAND, vm, feature(1, 8)) == 0
+        assert asked(tool, GET_INFO)[16:20] == struct.pack("<I", 1)
 
 
 @pytest.mark.kvm
@@ -323,7 +360,7 @@ def test_first_stage_when_it_serves_then_it_is_detached_from_everything(victim: 
     # Its standard error is the program's until it can no longer fail to start.
     assert [links.pop(name) for name in ("0", "1")] == ["/dev/null"] * 2
     assert links.pop("2").startswith("pipe:")
-    assert set(links.values()) == {"anon_inode:seccomp notify"}
+    assert set(links.values()) == {"anon_inode:seccomp notify", "anon_inode:[pidfd]"}
     assert os.readlink(supervisor / "cwd") == "/"
     assert os.getsid(victim.supervisor) == victim.supervisor
 
@@ -458,7 +495,7 @@ def test_wrapper_when_run_by_an_ordinary_user_then_it_works_with_no_new_privs() 
     program = "import json, sys\nprint(open('/proc/self/status').read())\n" + PROBE
     result = subprocess.run(
         [str(WRAPPER), "-c", program],
-        env={"KVMI_QEMU": "/usr/bin/python3", "PERL5OPT": "-w"},
+        env={"KVMI_QEMU": "/usr/bin/python3", "PERL5OPT": "-w -Mstrict"},
         user=65534,
         extra_groups=[kvm_group],
         capture_output=True,

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +17,13 @@ from fleet import Fleet, StandIn, raise_fd_limit
 from patient_tool import PatientTool
 
 from kvmi_libvirt import introspect
+from kvmi_libvirt.errors import ExitCode, SessionError
 from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
 from kvmi_libvirt.qemu.process import open_domain
 from kvmi_libvirt.state import StateDir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp, pytest.mark.ptrace]
 
@@ -130,3 +134,49 @@ def test_fleet_when_it_ends_then_no_vm_no_supervisor_and_no_pidfile_is_left(
         for fd in fds:
             wait_for_end(fd, what="a process of the fleet")
     assert list((directory / "run").iterdir()) == []
+
+
+def test_64_vms_when_each_has_its_supervisor_and_all_are_hooked_at_once_then_all_are(
+    directory: Path, tool: PatientTool
+) -> None:
+    count = 64
+    with Fleet(directory, run_dir=directory / "run", supervisors=count) as fleet:
+        vms = fleet.start([f"vm{number}" for number in range(count)])
+        hooking = [in_child(partial(hook, fleet, vm, "KVMI_VM_GET_INFO")) for vm in vms]
+        assert {os.waitpid(child, 0)[1] for child in hooking} == {0}
+
+        assert tool.wait(at_least=count, timeout_s=TIMEOUT_S) == count
+        for vm in vms:
+            assert tool.check(vm.uuid, commands=[GET_INFO, READ_PHYSICAL]) == [0, EPERM]
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Do *work* in a forked child, whose exit code tells whether it went well."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def test_supervisor_when_killed_then_hooking_says_so_and_every_vm_lives(
+    fleet: Fleet, tool: PatientTool
+) -> None:
+    hooked, other = fleet.start(["hooked", "other"])
+    hook(fleet, hooked, "KVMI_VM_GET_INFO")
+    (supervisor,) = fleet.supervisors()
+    os.kill(supervisor, signal.SIGKILL)
+
+    assert tool.wait(at_most=0, timeout_s=TIMEOUT_S) == 0
+    with pytest.raises(SessionError, match="emulator of this VM has ended") as raised:
+        hook(fleet, other, "KVMI_VM_GET_INFO")
+    assert raised.value.exit_code is ExitCode.UNSUPPORTED
+    for vm in (hooked, other):
+        with open_domain(vm.name, vm.uuid, run_dir=fleet.run_dir) as process:
+            assert process.is_alive()

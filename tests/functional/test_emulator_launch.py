@@ -20,9 +20,9 @@ from emulator_harness import (
     Emulated,
     asked,
     feature,
-    supervisor_of,
     wait_for_end,
 )
+from support import supervisor_of
 
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.v11 import V11

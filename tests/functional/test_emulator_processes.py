@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
 import struct
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from emulator_harness import (
-    COMMAND_LINE,
     GET_INFO,
     GET_VERSION,
     Emulated,
@@ -23,17 +20,16 @@ from emulator_harness import (
     feature,
     hook_argument,
     received,
-    supervisor_of,
     trace_lines,
     wait_for_end,
 )
-from support import wait_until
+from support import supervisor_of, wait_until
 
 from kvmi_libvirt.abi.kvmi import KVM_CHECK_EXTENSION, KVM_RUN, Ioctl
 from kvmi_libvirt.abi.v12 import V12
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp]
 
@@ -120,23 +116,6 @@ def test_other_process_when_it_has_the_vm_fd_then_eio_however_it_got_it(
     assert command(victim, vm) == COMMAND_ON_HOOKED
     assert asked(tool, GET_VERSION)[8:16] == bytes(8)
     tool.close()
-
-
-def test_clone_vm_child_when_it_has_a_pid_of_its_own_then_the_vm_is_its_own(
-    compile_victim: Callable[[Path], Path],
-) -> None:
-    program = compile_victim(Path(__file__).parent / "victims" / "emulator_clone_vm.c")
-    request = hex(V12.request(Ioctl.COMMAND))
-    result = subprocess.run(
-        [str(COMMAND_LINE), "emulate", "--", str(program), request],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=20,
-    )
-
-    # Not hooked: EFAULT is the answer to the owner, EIO to anybody else.
-    assert result.stdout == f"-1 {errno.EFAULT} 1\n"
 
 
 def test_dup_when_used_then_it_is_the_same_vm_also_after_the_first_fd_is_closed(

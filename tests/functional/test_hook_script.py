@@ -645,3 +645,71 @@ def test_ten_mebibytes_of_required_xml_are_judged(whole: Helper) -> None:
     assert code == 1
     assert len(text.splitlines()) == 1
     assert len(text) < 1000
+
+
+# -- the package is gone, and the host assigns -------------------------------------------
+
+NOVA = (
+    b"<domain><name>db1</name><uuid>5a4a2b4e-7c1d-4e0f-9a52-0d6f6f1b0a01</uuid><metadata>"
+    b'<nova:instance xmlns:nova="http://openstack.org/xmlns/libvirt/nova/1.1">'
+    b'<nova:name>vip</nova:name><nova:flavor name="guarded.large" id="42"><nova:extraSpecs>'
+    b'<nova:extraSpec name="kvmi:profile">protect</nova:extraSpec></nova:extraSpecs></nova:flavor>'
+    b'<nova:owner><nova:project uuid="b1d2c3e4f5a647b8a9c0d1e2f3a4b5c6">vip</nova:project>'
+    b"</nova:owner></nova:instance></metadata></domain>"
+)
+
+
+def assign(*modes_and_matches: tuple[str, str]) -> str:
+    return "<host-policy>" + "".join(
+        f"<assign profile='observe' mode='{mode}'>{matches}<source type='unix'/></assign>"
+        for mode, matches in modes_and_matches
+    )
+
+
+@pytest.mark.parametrize(
+    ("match", "fits"),
+    [
+        ('name="db*"', True),
+        ('name="web*"', False),
+        ('nova-flavor="guarded.*"', True),
+        ('nova-flavor="vip"', False),
+        ('nova-flavor-id="42"', True),
+        ('nova-flavor-id="4"', False),
+        ('nova-extra-spec="kvmi:profile=protect"', True),
+        ('nova-extra-spec="kvmi:other=protect"', False),
+        ('nova-project="b1d2c3e4-f5a6-47b8-a9c0-d1e2f3a4b5c6"', True),
+        ('nova-project="vip"', False),
+        ('nova-flavor="guarded.*" name="web*"', False),
+        ('uuid="5A4A2B4E-7C1D-4E0F-9A52-0D6F6F1B0A01"', True),
+        ('proxmox-vmid="100"', False),
+        ('of-a-later-release="x"', True),
+    ],
+)
+def test_without_the_package_an_assignment_still_demands(
+    helper: Callable[..., Helper], match: str, *, fits: bool
+) -> None:
+    made = helper("exit 1")
+    policy = made.directory / "host-policy.xml"
+    policy.write_text(assign(("required", f"<match {match}/>")), encoding="utf-8")
+
+    code, text = verdict(call(made.script, "prepare", NOVA))
+    assert code == (1 if fits else 0)
+    assert text.count("\n") == code
+    assert verdict(call(made.script, "reconnect", NOVA))[0] == 0
+
+    # The first that fits counts, and what is commented out does not.
+    one = f"<match name='nobody'/><match {match}/>"
+    policy.write_text(assign(("optional", one), ("required", one)), encoding="utf-8")
+    assert verdict(call(made.script, "prepare", NOVA))[0] == 0
+    policy.write_text(f"<!-- {assign(('required', one))} -->", encoding="utf-8")
+    assert verdict(call(made.script, "prepare", NOVA))[0] == 0
+
+
+def test_without_the_package_a_host_policy_of_garbage_is_passed_over(
+    helper: Callable[..., Helper],
+) -> None:
+    made = helper("exit 1")
+    (made.directory / "host-policy.xml").write_bytes(b"<assign mode='required'><match \xff\0>" * 9)
+
+    assert verdict(call(made.script, "prepare", NOVA))[0] == 0
+    assert verdict(call(made.script, "prepare", REQUIRED))[0] == 1

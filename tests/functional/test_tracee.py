@@ -3,36 +3,40 @@
 
 from __future__ import annotations
 
-import contextlib
+import mmap
 import os
-import re
 import signal
-import subprocess
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support import wait_until
+from tracee_harness import (
+    EINTR,
+    NR_GETPID,
+    NR_GETPPID,
+    NR_READ,
+    inject,
+    running,
+    thread_flags,
+    traced_threads,
+)
 
 from kvmi_libvirt import worker
-from kvmi_libvirt.errors import SessionError, TargetNotFound, TargetUnsuitable
+from kvmi_libvirt.abi.ptrace import PF_USER_WORKER
+from kvmi_libvirt.errors import SessionError, TargetGone
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.qemu import tracee as tracee_module
+from kvmi_libvirt.qemu.looking import look
 from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.qemu.remote import Remote
-from kvmi_libvirt.qemu.tracee import attach_parked
+from kvmi_libvirt.qemu.tracee import Tracee, attach_parked
 from kvmi_libvirt.session import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.ptrace
 
-VICTIMS = Path(__file__).parent / "victims"
-NR_READ, NR_GETPID, NR_GETPPID = 0, 39, 110
-EINTR = 4
 PARKED = ("ppoll", "poll", "epoll_wait")
 TRACE_POINTS = (
     "seized",
@@ -43,80 +47,6 @@ TRACE_POINTS = (
     "before-restore",
     "restored",
 )
-
-
-@dataclass
-class Victim:
-    popen: subprocess.Popen[bytes]
-    call: str
-
-    @property
-    def pid(self) -> int:
-        return self.popen.pid
-
-    def line(self) -> str:
-        assert self.popen.stdout is not None
-        return self.popen.stdout.readline().decode().strip()
-
-    def write(self, data: bytes) -> None:
-        assert self.popen.stdin is not None
-        self.popen.stdin.write(data)
-        self.popen.stdin.flush()
-
-    def report(self) -> dict[str, int]:
-        line = self.line()
-        found = re.findall(r"(\w+)=(-?\d+)", line)
-        assert found, f"no report but {line!r}"
-        return {name: int(value) for name, value in found}
-
-    def state(self) -> str:
-        stat = Path(f"/proc/{self.pid}/stat").read_text()
-        return stat[stat.rindex(")") + 2]
-
-    def sleep_until_parked(self) -> None:
-        assert self.line() == "ready"
-        wait_until(lambda: self.state() == "S", what=f"the victim blocks in {self.call}")
-
-
-@contextlib.contextmanager
-def running(program: Path, call: str, timeout_ms: int, *extra: str) -> Iterator[Victim]:
-    command = [str(program), call, str(timeout_ms), *extra]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as popen:
-        try:
-            yield Victim(popen, call)
-        finally:
-            popen.kill()
-
-
-@pytest.fixture(scope="session")
-def parked(compile_victim: Callable[[Path], Path]) -> Path:
-    return compile_victim(VICTIMS / "parked.c")
-
-
-def inject(
-    victim: Victim,
-    *calls: tuple[int, ...],
-    timeout_s: float = 2.0,
-    at: dict[str, Callable[[], None]] | None = None,
-) -> list[int]:
-    """Inject *calls* in a worker, running *at*'s functions at their trace points there."""
-    actions = dict(at or {})
-
-    def trace(point: str) -> None:
-        if action := actions.pop(point, None):
-            action()
-
-    with Process(Pid(victim.pid)) as process:
-        deadline = time.monotonic() + timeout_s
-
-        def session() -> Report:
-            tracee_module._trace = trace
-            with attach_parked(process, deadline=deadline) as tracee:
-                results = [tracee.syscall(number, *args) for number, *args in calls]
-            return Report(abi="", applied=tuple(map(str, results)))
-
-        report = worker.run(session, deadline=deadline, keep_fds=process.owned_fds)
-        return [int(result) for result in report.applied]
 
 
 @pytest.mark.parametrize("call", PARKED)
@@ -132,7 +62,6 @@ def test_injected_calls_return_their_results_and_the_victims_own_call_goes_on(
 
         assert results == [victim.pid, os.getpid(), victim.pid]
         assert (report["result"], report["errno"]) == (1, 0)
-        assert report["signals"] == 0
 
 
 @pytest.mark.parametrize("call", PARKED)
@@ -147,47 +76,19 @@ def test_one_wait_can_be_visited_again_and_again(parked: Path, call: str) -> Non
         assert victim.report()["result"] == 1
 
 
-@pytest.mark.parametrize("call", ["ppoll", "poll"])
-def test_a_timed_wait_keeps_its_remaining_time(parked: Path, call: str) -> None:
-    with running(parked, call, 400) as victim:
-        victim.sleep_until_parked()
-        inject(victim, (NR_GETPID,))
-
-        report = victim.report()
-
-        assert (report["result"], report["errno"]) == (0, 0)
-        assert 400 <= report["elapsed_ms"] < 2000
-
-
 @pytest.mark.parametrize("call", ["read", "nanosleep", "clock_nanosleep", "futex"])
-def test_other_calls_are_left_alone_and_not_disturbed(parked: Path, call: str) -> None:
-    with running(parked, call, 600) as victim:
+def test_a_thread_in_another_call_is_not_even_stopped(parked: Path, call: str) -> None:
+    with running(parked, call, 60_000) as victim, mmap.mmap(-1, 1) as was_seized:
         victim.sleep_until_parked()
 
-        # Tried many times over: the sleeps are in restart_syscall(2) from the second on.
-        with pytest.raises(SessionError) as caught:
-            inject(victim, (NR_GETPID,), timeout_s=0.1)
-        if call == "read":
-            victim.write(b"q")
-        report = victim.report()
+        def note() -> None:
+            was_seized[:] = b"y"
+
+        with pytest.raises(SessionError, match=r"not waiting for events: .*system call") as caught:
+            inject(victim, (NR_GETPID,), timeout_s=0.1, at={"seized": note})
 
         assert caught.value.kind == "TargetBusy"
-        if call == "futex":
-            assert (report["result"], report["errno"]) == (-1, 110)  # ETIMEDOUT, as ever
-        else:
-            assert (report["result"], report["errno"]) == (1 if call == "read" else 0, 0)
-
-
-def test_a_timed_epoll_wait_sees_what_any_stop_does_to_it(parked: Path) -> None:
-    # signal(7): epoll_wait(2) is never restarted after a stop, and how much of its
-    # timeout is left cannot be known. Every caller must expect EINTR.
-    with running(parked, "epoll_wait", 60_000) as victim:
-        victim.sleep_until_parked()
-
-        inject(victim, (NR_GETPID,))
-
-        report = victim.report()
-        assert (report["result"], report["errno"], report["signals"]) == (-1, EINTR, 0)
+        assert was_seized[:] == bytes(1)
 
 
 def test_a_thread_in_user_mode_is_busy(parked: Path) -> None:
@@ -199,56 +100,6 @@ def test_a_thread_in_user_mode_is_busy(parked: Path) -> None:
 
         assert caught.value.kind == "TargetBusy"
         assert victim.state() == "R"
-
-
-@pytest.mark.parametrize("point", ["call-prepared", "call-entered", "call-returned"])
-@pytest.mark.parametrize("restart", [(), ("restart",)])
-def test_a_signal_in_the_window_is_delivered_with_its_own_siginfo(
-    parked: Path, point: str, restart: tuple[str, ...]
-) -> None:
-    with running(parked, "ppoll", -1, *restart) as victim:
-        victim.sleep_until_parked()
-
-        def send() -> None:
-            os.kill(victim.pid, signal.SIGUSR1)
-
-        results = inject(victim, (NR_GETPID,), (NR_GETPID,), at={point: send})
-        report = victim.report()
-
-        assert results == [victim.pid] * 2
-        assert report["signals"] == 1
-        assert report["code"] == 0  # SI_USER, not the SI_TKILL of a repeated signal
-        assert (report["result"], report["errno"]) == (-1, EINTR)
-
-
-def test_two_signals_in_the_window_are_both_delivered(parked: Path) -> None:
-    with running(parked, "ppoll", -1) as victim:
-        victim.sleep_until_parked()
-
-        def send() -> None:
-            os.kill(victim.pid, signal.SIGUSR1)
-            os.kill(victim.pid, signal.SIGUSR2)
-
-        inject(victim, (NR_GETPID,), (NR_GETPID,), at={"call-entered": send})
-        report = victim.report()
-
-        assert report["signals"] == 2
-        assert (report["result"], report["errno"]) == (-1, EINTR)
-
-
-def test_a_stopped_process_stays_stopped_and_resumes_its_call(parked: Path) -> None:
-    with running(parked, "ppoll", -1) as victim:
-        victim.sleep_until_parked()
-        os.kill(victim.pid, signal.SIGSTOP)
-        wait_until(lambda: victim.state() == "T", what="the victim is stopped")
-
-        results = inject(victim, (NR_GETPID,))
-
-        assert results == [victim.pid]
-        wait_until(lambda: victim.state() == "T", what="the victim is stopped again")
-        os.kill(victim.pid, signal.SIGCONT)
-        victim.write(b"q")
-        assert (victim.report()["result"]) == 1
 
 
 def test_a_call_that_blocks_is_abandoned_at_the_deadline(parked: Path) -> None:
@@ -295,18 +146,7 @@ def test_the_victim_survives_the_tracers_death(parked: Path, point: str) -> None
         assert victim.popen.wait(timeout=10) == 0
 
 
-ALL_POINTS = [
-    "seized",
-    "stopped",
-    "call-prepared",
-    "call-entered",
-    "call-returned",
-    "before-restore",
-    "restored",
-]
-
-
-@pytest.mark.parametrize("point", ALL_POINTS)
+@pytest.mark.parametrize("point", TRACE_POINTS)
 def test_a_victim_that_dies_meanwhile_is_gone(parked: Path, point: str) -> None:
     # How long the death takes to show differs each time.
     for _ in range(5):
@@ -324,79 +164,81 @@ def test_a_victim_that_dies_meanwhile_is_gone(parked: Path, point: str) -> None:
             assert victim.popen.wait(timeout=10) == -signal.SIGKILL
 
 
-def test_another_tracer_is_named(parked: Path) -> None:
-    with running(parked, "ppoll", -1) as victim:
-        victim.sleep_until_parked()
-        with (
-            subprocess.Popen(
-                ["strace", "-qq", "-e", "trace=none", "-p", str(victim.pid)],
-                stderr=subprocess.DEVNULL,
-            )
-            if _has("strace")
-            else _gdb(victim.pid) as other,
-            Process(Pid(victim.pid)) as process,
-        ):
-            try:
-                wait_until(lambda: process.tracer() is not None, what="the other tracer attached")
-                with pytest.raises(TargetUnsuitable, match=f"traced by process {other.pid}"):
-                    process.require_traceable()
-            finally:
-                other.terminate()
-
-
-def _has(program: str) -> bool:
-    import shutil
-
-    return shutil.which(program) is not None
-
-
-def _gdb(pid: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        ["gdb", "-nx", "-q", "-p", str(pid), "-batch", "-ex", "continue"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def test_a_32_bit_process_is_refused_before_it_is_touched(tmp_path: Path) -> None:
-    program = tmp_path / "thirty_two"
-    source = VICTIMS / "thirty_two.S"
-    subprocess.run(["cc", "-m32", "-nostdlib", "-static", "-o", program, source], check=True)
-    with subprocess.Popen([program]) as victim:
-        try:
-            with (
-                Process(Pid(victim.pid)) as process,
-                pytest.raises(TargetUnsuitable, match="no 64-bit x86 program"),
-            ):
-                process.require_traceable()
-        finally:
-            victim.kill()
-
-
-def test_a_process_without_its_main_thread_is_refused(parked: Path) -> None:
-    with running(parked, "exit-leader", 0) as victim:
+def test_a_thread_that_never_waits_is_given_up_after_many_tries(parked: Path) -> None:
+    with running(parked, "spin", 0) as victim:
         assert victim.line() == "ready"
-        wait_until(lambda: victim.state() == "Z", what="the main thread has exited")
-        with (
-            Process(Pid(victim.pid)) as process,
-            pytest.raises(TargetUnsuitable, match=r"main thread .* has exited"),
-        ):
-            process.require_traceable()
+
+        with pytest.raises(SessionError, match=r"it is at work; tried \d+ times") as caught:
+            inject(victim, (NR_GETPID,), timeout_s=60)  # not waited for: three seconds are
+
+        assert caught.value.kind == "TargetBusy"
+        assert not traced_threads(victim.pid)
 
 
-def test_a_process_that_ended_is_not_found() -> None:
-    with subprocess.Popen(["true"]) as ended:
-        ended.wait()
+def test_a_signal_that_comes_just_before_the_stop_is_delivered(parked: Path) -> None:
+    with running(parked, "ppoll", -1) as victim:
+        for _ in range(20):  # which of the two stops comes first differs
+            victim.sleep_until_parked()
 
-    with pytest.raises(TargetNotFound):
-        Process(Pid(ended.pid))
+            inject(victim, (NR_GETPID,), at={"seized": lambda: os.kill(victim.pid, signal.SIGUSR1)})
+
+            assert victim.signal()["code"] == 0
+            report = victim.report()
+            assert (report["result"], report["errno"]) == (-1, EINTR)
+            victim.write(b"x")
 
 
-def test_a_process_without_a_vm_fd_is_refused(parked: Path) -> None:
-    with (
-        running(parked, "ppoll", -1) as victim,
-        Process(Pid(victim.pid)) as process,
-        pytest.raises(TargetUnsuitable, match="no KVM VM fd"),
-    ):
-        process.vm_fds()
+def test_only_the_main_thread_is_traced_and_other_threads_come_and_go(parked: Path) -> None:
+    with running(parked, "ppoll", -1, "churn") as victim:
+        victim.sleep_until_parked()
+
+        def check() -> None:
+            assert traced_threads(victim.pid) == {victim.pid}
+
+        for _ in range(50):
+            assert inject(victim, (NR_GETPID,), at={"call-entered": check}) == [victim.pid]
+        victim.write(b"q")
+
+        assert victim.report()["result"] == 1
+        assert victim.popen.wait(timeout=30) == 0
+
+
+def test_a_worker_of_the_kernel_in_the_process_is_left_alone(parked: Path) -> None:
+    with running(parked, "ppoll", -1, "worker") as victim:
+        if victim.popen.poll() is not None:
+            pytest.skip("io_uring is switched off here")
+        victim.sleep_until_parked()
+        workers = {tid for tid, flags in thread_flags(victim.pid).items() if flags & PF_USER_WORKER}
+        assert len(workers) == 1
+
+        def check() -> None:
+            assert traced_threads(victim.pid) == {victim.pid}
+
+        assert inject(victim, (NR_GETPID,), at={"call-entered": check}) == [victim.pid]
+        victim.write(b"q")
+
+        assert victim.report()["result"] == 1
+
+
+def test_a_process_that_took_over_the_number_is_not_touched(
+    parked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(parked, "ppoll", -1) as victim, running(parked, "ppoll", -1) as stranger:
+        victim.sleep_until_parked()
+        stranger.sleep_until_parked()
+        with Process(Pid(victim.pid)) as process:
+            sight = look(process)
+            points: list[str] = []
+            victim.popen.kill()
+            victim.popen.wait()
+            process.pid = Pid(stranger.pid)  # as the kernel may number a process next
+            monkeypatch.setattr(tracee_module, "look", lambda _process: sight)
+            monkeypatch.setattr(tracee_module, "_trace", points.append)
+
+            with pytest.raises(TargetGone):
+                Tracee(process, deadline=time.monotonic() + 10).attach()
+
+        assert "stopped" not in points  # nor looked at any closer
+        assert not traced_threads(stranger.pid)
+        stranger.write(b"q")
+        assert stranger.report()["result"] == 1

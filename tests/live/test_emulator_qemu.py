@@ -11,21 +11,27 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import host
 import pytest
-from support import wait_until
+from support import wait_for_supervisor, wait_until
 
+from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.revisions import by_name
 from kvmi_libvirt.introspect import hook_vm
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.policy.element import parse_domain
 from kvmi_libvirt.qemu.process import Process
+from kvmi_libvirt.qemu.remote import Remote
+from kvmi_libvirt.qemu.tracee import attach_parked
 from kvmi_libvirt.state import StateDir
 
 if TYPE_CHECKING:
@@ -41,8 +47,9 @@ REVISIONS = ["v12", "v11", "v7"]
 COMMANDS = ("KVMI_VM_GET_INFO", "KVMI_VM_READ_PHYSICAL", "KVMI_VM_WRITE_PHYSICAL")
 EVENTS = ("KVMI_VM_EVENT_UNHOOK", "KVMI_VCPU_EVENT_BREAKPOINT")
 RAM_LEN = 64 << 20
+TIMEOUT_S = 20.0
 GPA = 0x200000
-EPERM, ENOENT = 1, 2
+EPERM, ENOENT, EINVAL, EOPNOTSUPP, ENOSYS = 1, 2, 22, 95, 1000
 
 
 class Qmp:
@@ -50,11 +57,18 @@ class Qmp:
 
     def __init__(self, path: Path) -> None:
         self._sock = socket.socket(socket.AF_UNIX)
-        self._sock.settimeout(20)
-        self._sock.connect(str(path))
+        self._sock.settimeout(TIMEOUT_S)
+        wait_until(lambda: self._connects(path), what="QEMU's monitor")
         self._file = self._sock.makefile("r")
         self._file.readline()
         self.ask("qmp_capabilities")
+
+    def _connects(self, path: Path) -> bool:
+        try:
+            self._sock.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):  # bound, but not listening yet
+            return False
+        return True
 
     def ask(self, execute: str, **arguments: Any) -> Any:
         """Return the answer to one command."""
@@ -139,20 +153,30 @@ class Emulated:
             state = StateDir(self.directory / "state")
             return hook_vm(process, domain, domain.policy, state=state)
 
+    def ioctl(self, ioctl: Ioctl) -> int:
+        """Let QEMU make an ioctl that takes no argument; return its result."""
+        deadline = time.monotonic() + TIMEOUT_S
+        with Process(Pid(self.process.pid)) as process:
+            vm_fd = process.vm_fds().vm
+            with attach_parked(process, deadline=deadline) as tracee:
+                request = by_name(self.abi).request(ioctl)
+                return Remote(process, tracee).ioctl(ioctl.value, vm_fd, request, 0)
+
 
 @contextlib.contextmanager
-def emulated_qemu(abi: str, directory: Path, *options: str) -> Iterator[Emulated]:
+def emulated_qemu(
+    abi: str, directory: Path, *, qemu_options: tuple[str, ...] = ()
+) -> Iterator[Emulated]:
     """Run a QEMU with its guest paused at the start."""
     monitor = directory / "qmp"
     trace = directory / "trace.jsonl"
-    command = [str(BIN / "kvmi-libvirt"), "emulate", "--abi", abi, "--trace", str(trace), *options]
+    command = [str(BIN / "kvmi-libvirt"), "emulate", "--abi", abi, "--trace", str(trace)]
     command += ["--", "qemu-system-x86_64", "-S", "-name", "bare", "-uuid", UUID]
     command += ["-machine", "q35,accel=kvm", "-smp", "2", "-m", str(RAM_LEN >> 20)]
     command += ["-nodefaults", "-no-user-config", "-display", "none"]
-    command += ["-qmp", f"unix:{monitor},server=on,wait=off", "-sandbox", "on"]
+    command += ["-qmp", f"unix:{monitor},server=on,wait=off", "-sandbox", "on", *qemu_options]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
-        wait_until(monitor.exists, what="QEMU's monitor")
         qmp = Qmp(monitor)
         try:
             yield Emulated(abi, process, qmp, directory)
@@ -160,7 +184,7 @@ def emulated_qemu(abi: str, directory: Path, *options: str) -> Iterator[Emulated
             qmp.close()
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(TIMEOUT_S)
 
 
 @pytest.mark.parametrize("abi", REVISIONS)
@@ -168,19 +192,20 @@ def test_memory_when_written_by_the_tool_then_the_monitor_shows_it_and_the_rever
     abi: str, tmp_path: Path
 ) -> None:
     tool = tmp_path / "tool.sock"
-    pattern = os.urandom(64)
+    pattern = os.urandom(3 * 4096 + 64)  # from the middle of a page on, so of five
     with emulated_qemu(abi, tmp_path) as vm:
         client = Client(tool)
         try:
             vm.hook(tool, COMMANDS, EVENTS)
             hello = client.answer()
             assert hello["name"] == "bare"
-            assert hello["uuid"] == UUID.replace("-", "")
+            assert hello["uuid"] == UUID
             assert hello["hello_size"] == by_name(abi).handshake_size
-            assert hello["version"] == 1
+            assert client.ask("identify")["data"] == abi
 
-            assert client.ask("write", gpa=GPA, data=pattern.hex()) == {"error": 0, "data": ""}
+            assert client.ask("write", gpa=GPA, data=pattern.hex()) == {"error": 0, "data": None}
             assert vm.qmp.memory(GPA, len(pattern)) == pattern
+            assert client.ask("read", gpa=GPA, size=len(pattern))["data"] == pattern.hex()
 
             # The other way: firmware that ran, seen by the monitor and by the tool.
             vm.qmp.ask("cont")
@@ -189,11 +214,63 @@ def test_memory_when_written_by_the_tool_then_the_monitor_shows_it_and_the_rever
             shown = vm.qmp.memory(0x400, 256)
             assert any(shown)
             assert client.ask("read", gpa=0x400, size=256) == {"error": 0, "data": shown.hex()}
+            pages = [vm.qmp.memory(page << 12, 16).hex() for page in range(40)]
+            gpas = [page << 12 for page in range(40)]
+            assert client.ask("read-many", gpas=gpas, size=16)["data"] == pages
 
-            assert client.ask("read", gpa=RAM_LEN, size=1) == {"error": ENOENT, "data": ""}
-            assert client.ask("info")["data"] == "02" + "00" * 15
+            assert client.ask("read", gpa=RAM_LEN, size=1) == {"error": ENOENT, "data": None}
+            assert client.ask("info")["data"] == 2
         finally:
-            client.process.communicate(json.dumps({"op": "quit"}))
+            client.process.communicate()
+
+
+@pytest.mark.parametrize("abi", REVISIONS)
+def test_protocol_when_spoken_by_the_independent_client_then_it_is_as_the_page_says(
+    abi: str, tmp_path: Path
+) -> None:
+    tool = tmp_path / "tool.sock"
+    commands = [*COMMANDS, "KVMI_VM_CONTROL_EVENTS", "KVMI_VM_PAUSE_VCPU", "KVMI_VCPU_GET_INFO"]
+    if abi != "v7":
+        commands.append("KVMI_VM_CONTROL_CLEANUP")
+    table = by_name(abi)
+    with emulated_qemu(abi, tmp_path) as vm:
+        client = Client(tool)
+        try:
+            vm.hook(tool, tuple(commands), ("KVMI_VM_EVENT_UNHOOK", "KVMI_VCPU_EVENT_PAUSE"))
+            client.answer()
+            assert client.ask("identify")["data"] == abi
+            assert client.ask("version")["data"] == [1, None if abi == "v7" else 8184]
+
+            unknown = "EPERM" if abi == "v7" else "ENOENT"
+            assert client.ask("check", id=12 if abi == "v7" else 1)["data"] == unknown
+            assert client.ask("check", id=5000)["data"] == ("EINVAL" if abi == "v7" else "ENOENT")
+            assert client.ask("check-event", id=0)["data"] == "allowed"
+            breakpoint_id = table.events_by_name["KVMI_VCPU_EVENT_BREAKPOINT"].id
+            assert client.ask("check-event", id=breakpoint_id)["data"] == "EPERM"
+            assert client.ask("raw", id=62 if abi == "v7" else 28)["error"] == ENOSYS
+
+            # One message stays inside a page, and is never of nothing.
+            for gpa, size in ((0, 0), (0, 4097), (4095, 2)):
+                assert client.ask("read-once", gpa=gpa, size=size)["error"] == EINVAL
+            assert client.ask("pause", vcpu=9)["error"] == EINVAL
+            assert client.ask("pause", vcpu=1)["error"] == EOPNOTSUPP
+            get_info = table.commands_by_name["KVMI_VCPU_GET_INFO"].id
+            assert client.ask("raw", id=get_info, data="0100")["error"] == EOPNOTSUPP
+            assert client.ask("raw", id=get_info, data="0200")["error"] == EINVAL
+            if abi != "v7":
+                assert client.ask("cleanup", enable=0)["error"] == 0
+                assert client.ask("cleanup", enable=2)["error"] == EINVAL
+
+            for _ in range(2):
+                assert client.ask("subscribe") == {"error": 0, "data": None}
+            assert vm.ioctl(Ioctl.PREUNHOOK) == 0
+            assert client.ask("info") == {"error": 0, "data": 2}  # the event lies before it
+            event = client.ask("event")["data"]
+            assert (event["seq"], event["event_id"]) == (1, 0)
+            assert vm.ioctl(Ioctl.UNHOOK) == 0
+            assert client.ask("info") == {"error": "eof", "data": None}
+        finally:
+            client.process.communicate()
 
 
 @pytest.mark.parametrize("abi", REVISIONS)
@@ -239,12 +316,12 @@ def test_max_gfn_when_asked_on_v11_then_the_guest_s(tmp_path: Path) -> None:
         try:
             vm.hook(tool, ("KVMI_VM_GET_MAX_GFN",), ())
             client.answer()
-            data = bytes.fromhex(client.ask("max-gfn")["data"])
+            assert client.ask("identify")["data"] == "v11"
 
             # The firmware's flash ends at 4 GiB.
-            assert int.from_bytes(data, "little") == 1 << 20
+            assert client.ask("max-gfn") == {"error": 0, "data": 1 << 20}
         finally:
-            client.process.communicate(json.dumps({"op": "quit"}))
+            client.process.communicate()
 
 
 @pytest.mark.parametrize("abi", ["v12", "v7"])
@@ -257,8 +334,29 @@ def test_denied_when_asked_by_the_independent_client_then_eperm(abi: str, tmp_pa
             client.answer()
             read_id = by_name(abi).commands_by_name["KVMI_VM_READ_PHYSICAL"].id
 
-            assert client.ask("read", gpa=0, size=4) == {"error": EPERM, "data": ""}
-            assert client.ask("check", id=read_id) == {"error": EPERM, "data": ""}
-            assert client.ask("subscribe") == {"error": EPERM, "data": ""}
+            assert client.ask("read", gpa=0, size=4) == {"error": EPERM, "data": None}
+            assert client.ask("check", id=read_id) == {"error": 0, "data": "EPERM"}
+            assert client.ask("subscribe") == {"error": EPERM, "data": None}
         finally:
-            client.process.communicate(json.dumps({"op": "quit"}))
+            client.process.communicate()
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
+def test_guest_when_the_supervisor_does_nothing_then_it_runs_on_and_qemu_answers(
+    how: signal.Signals, tmp_path: Path
+) -> None:
+    # Every exit of the guest's is a KVM_RUN; were one notified, the guest would stand still.
+    (tmp_path / "rom").write_bytes(host.marker_rom())
+    serial = tmp_path / "serial"
+    machine = ("-bios", str(tmp_path / "rom"), "-serial", f"file:{serial}")
+    with emulated_qemu("v12", tmp_path, qemu_options=machine) as vm:
+        supervisor = wait_for_supervisor(vm.process.pid)
+        os.kill(supervisor, how)
+        try:
+            vm.qmp.ask("cont")
+            wait_until(lambda: serial.stat().st_size > 5, what="the guest writes", timeout_s=30)
+
+            assert vm.qmp.ask("query-status")["running"] is True
+        finally:
+            if how is signal.SIGSTOP:
+                os.kill(supervisor, signal.SIGCONT)

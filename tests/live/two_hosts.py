@@ -25,7 +25,7 @@ from kvmi_libvirt import installer
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from live_support import Host, Tool, Vm
 
@@ -38,9 +38,9 @@ OWN: Final = (
 
 _ENTER: Final = """
 set -eu
-root=$1; shift
-for directory; do mkdir -p "$directory"; mount --bind "$root$directory" "$directory"; done
-hostname "$NAME"
+root=$1; name=$2; shift 2
+for directory; do mount --bind "$root$directory" "$directory"; done
+hostname "$name"
 ip link set lo up 2>/dev/null || true
 echo ready
 exec cat
@@ -65,10 +65,15 @@ class SecondHost:
         """Return where a file of its own lies, seen from here."""
         return self.root / str(there).lstrip("/")
 
-    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str | Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a command there, bounded in time."""
         return subprocess.run(
-            [*self.within, *command], capture_output=True, text=True, timeout=60, check=False
+            [*self.within, *command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
 
     def virsh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -118,11 +123,29 @@ def migrate(vm: Vm, target: SecondHost, *options: str) -> subprocess.CompletedPr
 @pytest.fixture(scope="session")
 def second_host(prepared: Host) -> Iterator[SecondHost]:
     """Have a second host with a libvirtd and our hook for the rest of the run."""
+    with another_host(hook=prepared.hook) as second:
+        yield second
+
+
+@contextlib.contextmanager
+def another_host(
+    *, hook: Path | None = None, name: str = NAME, own: Sequence[str] = OWN
+) -> Iterator[SecondHost]:
+    """Have one more host with a libvirtd for the block.
+
+    Parameters
+        hook  is put in place there
+        own   directories of which it has its own: all of OWN, or what they lie in
+    """
     with contextlib.ExitStack() as stack:
         # Short, since unix sockets lie below it.
         root = Path(stack.enter_context(host.public_directory()))
-        _furnish(root, prepared)
-        anchor = stack.enter_context(_namespaces(root))
+        for directory in own:
+            if not Path(directory).exists():  # something to be mounted on
+                Path(directory).mkdir(parents=True)
+                stack.callback(Path(directory).rmdir)
+        _furnish(root, own, hook)
+        anchor = stack.enter_context(_namespaces(root, own, name))
         within = ("nsenter", f"--target={anchor}", "--mount", "--net", "--uts", "--")
         socket = root / str(host.LIBVIRT_SOCKET).lstrip("/")
         second = SecondHost(root, within, f"qemu+unix:///system?socket={socket}")
@@ -133,9 +156,12 @@ def second_host(prepared: Host) -> Iterator[SecondHost]:
         yield second
 
 
-def _furnish(root: Path, prepared: Host) -> None:
-    for directory in OWN:
-        (root / directory.lstrip("/")).mkdir(parents=True)
+def _furnish(root: Path, own: Sequence[str], hook: Path | None) -> None:
+    if "/etc" in own:
+        subprocess.run(["cp", "-a", "/etc", root / "etc"], check=True)
+        shutil.rmtree(root / "etc/kvmi-libvirt", ignore_errors=True)
+    for directory in (*OWN, *own):
+        (root / directory.lstrip("/")).mkdir(parents=True, exist_ok=True)
     here, there = Path("/etc/libvirt"), root / "etc/libvirt"
     shutil.copytree(here, there, symlinks=True, dirs_exist_ok=True)
     for domains in ("qemu", "secrets", "storage", "hooks"):
@@ -144,9 +170,9 @@ def _furnish(root: Path, prepared: Host) -> None:
     lines = conf.read_text(encoding="utf-8").splitlines() if conf.exists() else []
     kept = [line for line in lines if not line.startswith("host_uuid")]
     conf.write_text("\n".join([*kept, f'host_uuid = "{uuid.uuid4()}"', ""]), encoding="utf-8")
-    hook = there / "hooks" / "qemu.d" / installer.HOOK_NAME
-    hook.parent.mkdir(parents=True)
-    shutil.copy2(prepared.hook, hook)
+    if hook is not None:
+        (there / "hooks" / "qemu.d").mkdir(parents=True)
+        shutil.copy2(hook, there / "hooks" / "qemu.d" / installer.HOOK_NAME)
     for directory, mode in (
         ("run/lock", 0o1777),
         ("run/libvirt", 0o755),
@@ -172,12 +198,12 @@ def _copy_directories(here: Path, there: Path) -> None:
 
 
 @contextlib.contextmanager
-def _namespaces(root: Path) -> Iterator[int]:
+def _namespaces(root: Path, own: Sequence[str], name: str) -> Iterator[int]:
     # The process that holds them ends with us, whatever happens: its input ends.
     with subprocess.Popen(
         [
             *("unshare", "--mount", "--net", "--uts", "--propagation", "private", "--"),
-            *("sh", "-c", _ENTER.replace("$NAME", NAME), "sh", str(root), *OWN),
+            *("sh", "-c", _ENTER, "sh", str(root), name, *own),
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

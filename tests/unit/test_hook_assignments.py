@@ -153,7 +153,9 @@ def test_pin_decides_between_v11_and_v12_only_where_the_kernel_does_not(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("kvmi_libvirt.introspect.worker.run", lambda *_, **__: Report(abi=probed))
+    monkeypatch.setattr(
+        "kvmi_libvirt.introspect.probing.worker.run", lambda *_, **__: Report(abi=probed)
+    )
     ask = introspect.probe_revision
     process, fds = AnyProcess(), object()
     if result is None:

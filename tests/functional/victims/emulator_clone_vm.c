@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Make one introspection ioctl from a child that shares the memory of the VM's
+ * Hook a VM, then make COMMAND from a child that shares the memory of the VM's
  * creator under a process id of its own (CLONE_VM without CLONE_THREAD).
- * Prints "REQUEST-RESULT ERRNO CHILD-PID-DIFFERS".
+ * The arguments are the requests HOOK and COMMAND; prints "RESULT ERRNO CHILD-PID-DIFFERS".
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -36,10 +37,14 @@ int main(int argc, char **argv)
 {
     char *stack = malloc(STACK_LEN);
     int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-    if (argc != 2 || !stack || kvm < 0)
+    int pair[2];
+    if (argc != 3 || !stack || kvm < 0 || socketpair(AF_UNIX, SOCK_STREAM, 0, pair) < 0)
         return 2;
-    shared.request = strtoul(argv[1], NULL, 0);
+    struct { int fd; unsigned int padding; unsigned char uuid[16]; } hook = {.fd = pair[0]};
+    shared.request = strtoul(argv[2], NULL, 0);
     shared.vm = ioctl(kvm, 0xAE01, 0); /* KVM_CREATE_VM */
+    if (ioctl(shared.vm, strtoul(argv[1], NULL, 0), &hook) < 0)
+        return 3;
     pid_t pid = clone(child, stack + STACK_LEN, CLONE_VM | SIGCHLD, NULL);
     if (shared.vm < 0 || pid < 0 || waitpid(pid, NULL, 0) != pid)
         return 2;

@@ -151,10 +151,10 @@ class Victim:
         return ioctl_at_end_of_memory(fd, request, argument, inside)
 
     def in_thread(self, call: dict[str, Any]) -> Any:
-        return in_thread(lambda: self.run(call))
+        return in_thread(lambda: self.do(call))
 
     def in_fork(self, calls: list[dict[str, Any]]) -> Any:
-        return in_fork(lambda: [self.run(call) for call in calls])
+        return in_fork(lambda: [self.do(call) for call in calls])
 
     def in_fork_with_pidfd(self, calls: list[dict[str, Any]]) -> Any:
         from kvmi_libvirt import linux
@@ -164,7 +164,7 @@ class Victim:
 
         def work() -> Any:
             stolen = linux.pidfd_getfd(LocalFd(pidfd), RemoteFd(calls[0]["fd"]))
-            return [self.run({**call, "fd": stolen}) for call in calls]
+            return [self.do({**call, "fd": stolen}) for call in calls]
 
         results = in_fork(work)
         os.close(pidfd)
@@ -176,7 +176,7 @@ class Victim:
 
         def work() -> Any:
             _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
-            return [self.run({**call, "fd": fds[0]}) for call in calls]
+            return [self.do({**call, "fd": fds[0]}) for call in calls]
 
         results = in_fork(work)
         ours.close()
@@ -187,13 +187,25 @@ class Victim:
         child = os.fork()
         if child == 0:
             try:
-                self.run(call)
+                self.do(call)
             finally:
                 os._exit(0)
         return child
 
+    def exec_again(self) -> None:
+        # Every other thread ends by that, whatever it is doing.
+        for fd in sys.argv[1:]:
+            os.set_inheritable(int(fd), True)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
     def wait_child(self, pid: int) -> int:
         return os.waitpid(pid, 0)[1]
+
+    def run(self, vcpu: int) -> list[int | str]:
+        """Let the vCPU run once; return KVM_RUN's result and the exit reason."""
+        with mmap.mmap(vcpu, mmap.PAGESIZE) as page:
+            result = ioctl(vcpu, KVM_RUN, 0)
+            return [result, struct.unpack_from("=I", page, 8)[0]]
 
     def keep_running(self, vcpu: int) -> None:
         self._running = True
@@ -211,7 +223,7 @@ class Victim:
         # The calls use its own VM: fd -1 stands for it.
         def work() -> Any:
             vm = self.create_vm(self.open_kvm())
-            return [self.run({**call, "fd": vm}) for call in calls]
+            return [self.do({**call, "fd": vm}) for call in calls]
 
         return in_fork(work)
 
@@ -241,7 +253,7 @@ class Victim:
             return False
         return True
 
-    def run(self, call: dict[str, Any]) -> Any:
+    def do(self, call: dict[str, Any]) -> Any:
         arguments = dict(call)
         return getattr(self, arguments.pop("op"))(**arguments)
 
@@ -263,7 +275,7 @@ def serve(fd: int, victim: Victim) -> None:
         if fds:
             call["fds"] = fds
         try:
-            answer = {"result": victim.run(call)}
+            answer = {"result": victim.do(call)}
         except OSError as error:
             answer = {"result": errno.errorcode[error.errno or 0]}
         to_send = []

@@ -152,6 +152,56 @@ def test_right_that_is_demanded_and_not_there_is_a_problem(
         assert ("problem:   KVMI v12 (October 2021) has no command" in out) == has_problem
 
 
+PAUSE, INJECT = "KVMI_VM_PAUSE_VCPU", "KVMI_VCPU_INJECT_EXCEPTION"
+CONTROL_VM, CONTROL_VCPU = "KVMI_VM_CONTROL_EVENTS", "KVMI_VCPU_CONTROL_EVENTS"
+
+
+@pytest.mark.parametrize(
+    ("commands", "events", "told"),
+    [
+        ((PAUSE,), (), f"{PAUSE} is of no use without the event KVMI_VCPU_EVENT_PAUSE"),
+        ((PAUSE,), ("KVMI_VCPU_EVENT_PAUSE",), None),
+        ((INJECT,), (), f"{INJECT} is of no use without the event KVMI_VCPU_EVENT_TRAP"),
+        ((), ("KVMI_VCPU_EVENT_TRAP",), None),
+        (
+            (CONTROL_VCPU,),
+            ("KVMI_VM_EVENT_UNHOOK",),
+            f"KVMI_VM_EVENT_UNHOOK is of no use without the command {CONTROL_VM}",
+        ),
+        (
+            (CONTROL_VM,),
+            ("KVMI_VCPU_EVENT_CR", "KVMI_VCPU_EVENT_BREAKPOINT"),
+            (
+                "KVMI_VCPU_EVENT_BREAKPOINT, KVMI_VCPU_EVENT_CR are of no use without the "
+                f"command {CONTROL_VCPU}"
+            ),
+        ),
+        ((CONTROL_VM, CONTROL_VCPU), ("KVMI_VCPU_EVENT_PF", "KVMI_VM_EVENT_UNHOOK"), None),
+    ],
+)
+def test_right_that_is_of_no_use_alone_is_told(
+    commands: tuple[str, ...],
+    events: tuple[str, ...],
+    told: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "x.xml"
+    rules = "".join(f'<allow name="{name}"/>' for name in commands)
+    more = "".join(f'<allow name="{name}"/>' for name in events)
+    path.write_text(
+        f'<introspection xmlns="{NAMESPACE}"><source type="unix" path="/run/kvmi/x"/>'
+        f"<commands>{rules}</commands><events>{more}</events></introspection>",
+        encoding="ascii",
+    )
+    assert main(["explain", str(path), "--abi", "v12", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert notes == ([] if told is None else [f"{told}, which is not allowed"])
+    assert main(["explain", str(path), "--abi", "v12"]) == 0
+    out = capsys.readouterr().out
+    assert [line[6:] for line in out.splitlines() if line.startswith("note: ")] == notes
+
+
 def test_assignment_is_named_with_its_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

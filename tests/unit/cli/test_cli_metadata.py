@@ -114,3 +114,22 @@ def test_domain_that_is_not_there_is_exit_5(file: str, capsys: pytest.CaptureFix
 )
 def test_only_qemu_of_this_host_is_local(uri: str, local: bool) -> None:
     assert libvirtio.is_local(uri) == local
+
+
+def test_connect_may_stand_before_the_verb_and_the_later_one_counts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["-c", "test:///default", "get", "test"]) == 1  # it has no element
+    assert main(["--connect=test:///default", "get", "nobody"]) == 5
+    assert "no domain 'nobody' at test:///default" in capsys.readouterr().err
+    assert main(["-c", "nowhere:///", "get", "test", "-c", "test:///default"]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-c"], ["-c", "test:///default"], ["-c", "test:///default", "names"]]
+)
+def test_connect_without_a_verb_that_asks_libvirt_is_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -11,8 +11,10 @@ import test_policy_bounds
 
 from kvmi_libvirt.abi.revisions import ALL_COMMANDS, ALL_EVENTS
 from kvmi_libvirt.policy import document, facts, secret, shape, shapes
-from kvmi_libvirt.policy.element import parse_domain
+from kvmi_libvirt.policy.element import parse_document, parse_domain
+from kvmi_libvirt.policy.explain import notes
 from kvmi_libvirt.policy.groups import GROUPS
+from kvmi_libvirt.policy.model import Mode
 from kvmi_libvirt.policy.profile import SHIPPED
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "policy.md").read_text(encoding="utf-8")
@@ -41,7 +43,20 @@ def test_the_example_is_a_policy() -> None:
     example = TEXT.split("```xml\n", 1)[1].split("```", 1)[0].replace("...", "")
     policy = parse_domain(example.encode(), source="docs/policy.md").policy
     assert policy is not None
-    assert len(policy.commands.allowed) == 3
+    assert len(policy.commands.allowed) == 5
+    assert notes(policy) == []
+
+
+README = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("example", re.findall(r"```xml\n(.*?)```", README, re.DOTALL))
+def test_examples_of_the_readme_are_policies_of_which_every_right_is_of_use(example: str) -> None:
+    element = example.removeprefix("<metadata>\n").replace("</metadata>\n", "")
+    policy = parse_document(element.encode(), source="README.md")
+    assert policy is not None
+    assert policy.mode is Mode.REQUIRED
+    assert notes(policy) == []
 
 
 def test_limits_are_the_real_ones() -> None:

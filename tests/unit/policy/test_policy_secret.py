@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmi_libvirt import introspect
 from kvmi_libvirt.errors import HandshakeRefused, PolicyRefused, PolicyValueError
+from kvmi_libvirt.introspect import calling
 from kvmi_libvirt.policy.element import Domain
 from kvmi_libvirt.policy.model import Mode, Policy, UnixSource
 from kvmi_libvirt.policy.secret import MAX_SECRET_BYTES, read_secret
@@ -85,7 +85,7 @@ def _prove(proof: bytes) -> None:
     domain = Domain(name="web1", uuid="u", vcpus=1, memory_bytes=0, machine="", policy=policy)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        introspect._require_secret(ours, Answer(cookie_hash=proof), SECRET, policy, domain)
+        calling._require_secret(ours, Answer(cookie_hash=proof), SECRET, policy, domain)
 
 
 def test_proof_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_proof_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
         compared.append((ours, theirs))
         return ours != theirs
 
-    monkeypatch.setattr("kvmi_libvirt.introspect.hmac.compare_digest", compare)
+    monkeypatch.setattr("kvmi_libvirt.introspect.calling.hmac.compare_digest", compare)
     _prove(b"p" * 20)
     with pytest.raises(HandshakeRefused):
         _prove(cookie_hash(SECRET))

@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmi_libvirt.abi.v7 import V7
+from kvmi_libvirt.abi.v11 import V11
 from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.emulator import protocol
 from kvmi_libvirt.emulator.kernel import VmState
 from kvmi_libvirt.emulator.revisions import service_for
 from kvmi_libvirt.tool import wire
-from kvmi_libvirt.tool.handshake import Hello, pack_answer, pack_hello, unpack_hello
+from kvmi_libvirt.tool.handshake import (
+    Hello,
+    cookie_hash,
+    pack_answer,
+    pack_hello,
+    unpack_hello,
+)
 from kvmi_libvirt.tool.wire import KvmError, MessageReader, Reply
 
 if TYPE_CHECKING:
@@ -148,3 +155,19 @@ def test_page_when_read_then_every_example_is_tested() -> None:
 @pytest.mark.parametrize("error", KvmError)
 def test_page_when_read_then_it_names_every_error(error: KvmError) -> None:
     assert f"| {error.value} | `{error.name}` |" in PAGE
+
+
+@pytest.mark.parametrize("abi", [V12, V11, V7], ids=lambda abi: abi.name)
+@pytest.mark.parametrize("kind", ["command", "event"])
+def test_ids_when_compared_with_the_tables_then_they_are_all_there(abi: KvmiAbi, kind: str) -> None:
+    table = PAGE[PAGE.index(f"| {kind} | v12 | v11 | v7 |") :].partition("\n\n")[0]
+    column = ("v12", "v11", "v7").index(abi.name) + 1
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    found = {f"KVMI_{row[0]}": int(row[column]) for row in rows if row[column]}
+
+    entries = abi.commands if kind == "command" else abi.events
+    assert found == {entry.name: entry.id for entry in entries}
+
+
+def test_hash_of_the_secret_is_as_the_page_says() -> None:
+    assert cookie_hash(b"some").hex() in PAGE

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take introspection off a VM, politely or at once, and what died sessions left in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from typing import TYPE_CHECKING, Final
+
+from kvmi_libvirt import session, worker
+from kvmi_libvirt import state as st
+from kvmi_libvirt.abi import revisions
+from kvmi_libvirt.abi.kvmi import Ioctl, KvmiAbi
+from kvmi_libvirt.errors import (
+    SessionError,
+    StateError,
+)
+from kvmi_libvirt.introspect.probing import SESSION_S
+from kvmi_libvirt.introspect.records import LOCK_S, abi_of, is_same_process, load_record
+from kvmi_libvirt.introspect.seeing import is_closed
+from kvmi_libvirt.qemu.process import Process
+
+if TYPE_CHECKING:
+    from kvmi_libvirt.qemu.process import VmFds
+    from kvmi_libvirt.state import StateDir, VmState
+
+logger = logging.getLogger(__name__)
+
+_LEAVE_POLL_S: Final = 0.05
+
+
+def ask_to_leave(process: Process, recorded: VmState, *, state: StateDir) -> bool:
+    """Ask the tool of a hooked VM to let go, by the UNHOOK event; nothing else changes.
+
+    Returns
+        whether it was asked. Then wait until its channel closes, as long as the policy
+        gives it, before :func:`unhook_vm`
+    """
+    with state.locked(recorded.uuid, deadline=time.monotonic() + LOCK_S):
+        process.require_traceable()
+        fds = process.vm_fds(allow_standin=True)
+        deadline = time.monotonic() + SESSION_S
+        try:
+            report = worker.run(
+                lambda: session.preunhook(process, fds.vm, abi_of(recorded), deadline=deadline),
+                deadline=deadline,
+                keep_fds=process.owned_fds,
+            )
+        except SessionError as error:
+            if error.kind != "RemoteCallTimeout" or error.is_unfinished:
+                raise
+            logger.warning("domain %s: its tool does not read; not asked", recorded.domain)
+            return False
+        return bool(report.applied)
+
+
+def take_leave(process: Process, recorded: VmState, *, state: StateDir) -> VmState:
+    """Unhook a VM politely: ask the tool, wait until it closes, then unhook.
+
+    Waits ``recorded.unhook_s`` seconds at most, without holding the VM or its lock.
+
+    Returns
+        the recorded state, "unhooked"
+    """
+    if ask_to_leave(process, recorded, state=state):
+        deadline = time.monotonic() + recorded.unhook_s
+        # The channel is the kernel's alone: there is nothing to wait on, only to ask.
+        while time.monotonic() < deadline and process.is_alive() and not is_closed(recorded):
+            time.sleep(_LEAVE_POLL_S)
+    return unhook_vm(process, recorded, state=state)
+
+
+def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmState:
+    """Take introspection off the VM in *process* and record it.
+
+    Parameters
+        recorded  what ``state`` holds about the VM
+    """
+    with state.locked(recorded.uuid, deadline=time.monotonic() + LOCK_S):
+        process.require_traceable()
+        fds = process.vm_fds(allow_standin=True)
+        take_off(process, fds, abi_of(recorded))
+        clean_up(process, recorded.uuid, fds, state)
+        record = dataclasses.replace(
+            recorded,
+            state=st.UNHOOKED,
+            commands=(),
+            events=(),
+            since=st.now_text(),
+            error=None,
+            socket_inode=0,
+            all_ids=(),
+            adjusted=(),
+            unsure_commands=(),
+            unsure_events=(),
+        )
+        state.save(record)
+        return record
+
+
+def take_off(process: Process, fds: VmFds, abi: KvmiAbi) -> None:
+    """Unhook the VM in *process*, whether it is hooked or not; record nothing."""
+    deadline = time.monotonic() + SESSION_S
+    worker.run(
+        lambda: session.unhook(process, fds.vm, abi, deadline=deadline),
+        deadline=deadline,
+        keep_fds=process.owned_fds,
+    )
+
+
+def clean_up(process: Process, uuid: str, fds: VmFds, state: StateDir) -> bool:
+    """Undo what an interrupted session left in *process*, if there is a journal of one.
+
+    Hold the VM's lock. Returns whether there was.
+    """
+    journal = state.load_journal(uuid)
+    if journal is None:
+        return False
+    if (journal.pid, journal.start_ticks) == (process.pid, process.start_ticks):
+        _recover(process, fds, journal)
+    state.clear_journal(uuid)
+    return True
+
+
+def _recover(process: Process, fds: VmFds, journal: st.Journal) -> None:
+    # The file is ours, but what it names becomes an ioctl on the VM fd.
+    if journal.request_unhook not in {abi.request(Ioctl.UNHOOK) for abi in revisions.REVISIONS}:
+        raise StateError(f"the journal names no UNHOOK request: {journal.request_unhook:#x}")
+    deadline = time.monotonic() + SESSION_S
+    report = worker.run(
+        lambda: session.recover(
+            process,
+            fds.vm,
+            journal.sockets_before,
+            journal.channel_inode,
+            journal.request_unhook,
+            deadline=deadline,
+        ),
+        deadline=deadline,
+        keep_fds=process.owned_fds,
+    )
+    logger.warning("process %d: %s", process.pid, "; ".join(report.applied))
+
+
+def take_off_leftovers(process: Process, uuid: str, fds: VmFds, state: StateDir) -> None:
+    """Undo a hook whose tool has gone, and what a session that died left. Hold the lock."""
+    # The tool went away: the kernel keeps the hook until it is told.
+    recorded = load_record(state, uuid)
+    if recorded is not None and recorded.socket_inode and is_same_process(recorded, process):
+        take_off(process, fds, abi_of(recorded))
+    clean_up(process, uuid, fds, state)
+
+
+def unhook_unrecorded(process: Process, uuid: str, *, state: StateDir) -> bool:
+    """Undo what a session that died left in *process*, where no record tells of it.
+
+    Returns whether there was anything.
+    """
+    with state.locked(uuid, deadline=time.monotonic() + LOCK_S):
+        process.require_traceable()
+        return clean_up(process, uuid, process.vm_fds(allow_standin=True), state)
