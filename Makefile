@@ -5,7 +5,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=KVMI_TEST_REQUIRE,C
 PYTEST_FLAGS ?=
 BENCH ?=
 
-.PHONY: help demo test unit soak bench lint generated deb test-deb setup test-setup clean
+.PHONY: help demo test unit soak bench lint generated deb rpm test-packages setup test-setup clean
 
 help:
 	@echo "make demo     show it: a VM hooked with exactly its rights, and a refused start"
@@ -16,7 +16,8 @@ help:
 	@echo "make bench    measure; the figures go to bench/results.json"
 	@echo "make generated  completion and kvmi-libvirt(1) anew, from the command's options"
 	@echo "make deb      build the Debian package into dist/, checked with lintian"
-	@echo "make test-deb install that package in a clean Debian, use it, take it away"
+	@echo "make rpm      build the RPM packages into dist/, checked with rpmlint"
+	@echo "make test-packages  install both in a clean Debian, use them, take them away"
 	@echo "make setup    only the set-up: packages, .venv, access to /dev/kvm (the demo's;"
 	@echo "              make test-setup adds what the tests need)"
 	@echo "make clean    remove .venv and caches"
@@ -55,9 +56,12 @@ generated: test-setup
 deb:
 	@tools/make-deb
 
-test-deb: deb
+rpm:
+	@tools/make-rpm
+
+test-packages: deb rpm
 	@tools/need-packages debootstrap iproute2
-	@$(SUDO) /usr/bin/python3 tools/try_deb.py
+	@$(SUDO) /usr/bin/python3 tools/try_packages.py
 
 clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Final
 
 import host
 import rig
-from agent_rig import RunningAgent
+from agent_rig import RunningAgent, write_status
 from figures import Figure
+from fleet import StandIn
 
-from kvmi_libvirt import installer
+from kvmi_libvirt import installer, introspect
+from kvmi_libvirt.agentclient import SOCKET_NAME
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
-from kvmi_libvirt.state import STATE_DIR
+from kvmi_libvirt.state import HOOKED, STATE_DIR, StateDir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +35,12 @@ _PYTHON: Final = ("/usr/bin/python3", "-IS", "-c", "pass")
 
 
 def measure() -> Iterator[Figure]:
-    """Measure the hook for a domain without introspection, and for one that is hooked."""
+    """Measure the hook for a domain without introspection, and for one that is hooked.
+
+    Raises OSError where an agent runs: the hook would hand everything over to it.
+    """
+    if host.answers(STATE_DIR / SOCKET_NAME):
+        raise OSError("an agent runs on this host; stop it first")
     with tempfile.TemporaryDirectory(prefix="kvmi-bench-") as name:
         script = Path(name) / installer.HOOK_NAME
         script.write_bytes(installer.hook_text(sys.executable))
@@ -43,12 +50,7 @@ def measure() -> Iterator[Figure]:
         for _ in range(NOOP_ROUNDS):
             noop_s.append(_timed((str(script), "plain", "started", "begin", "-"), plain))
             python_s.append(_timed(_PYTHON, b""))
-        full_s = _full(script)
-        directory = Path(name) / "agent"
-        directory.mkdir()
-        with _agent(directory):
-            hand_over_s, base_s = _handed_over(script)
-            agent_full_s = _full(script)
+        full_s, agent_s = _full(script, Path(name))
     python = statistics.median(python_s)
     yield Figure(
         key="hook_noop_vs_python",
@@ -65,41 +67,14 @@ def measure() -> Iterator[Figure]:
     )
     yield Figure(
         key="hook_agent_vs_python",
-        value=statistics.median(hand_over_s) / statistics.median(base_s),
+        value=statistics.median(agent_s) / python,
         unit="x",
-        what="the hook that lets an agent judge a policy (prepare), against the same",
-        limit=4.0,
-    )
-    yield Figure(
-        key="hook_agent_full_vs_python",
-        value=statistics.median(agent_full_s) / python,
-        unit="x",
-        what="the hook that lets an agent hook a VM, handshake included, against the same",
+        what="the hook that has an agent hook it, against the same",
     )
 
 
-def _agent(directory: Path) -> RunningAgent:
-    return RunningAgent(
-        directory,
-        domains=str(LIBVIRT_QEMU_RUN_DIR),
-        run_dir=LIBVIRT_QEMU_RUN_DIR,
-        state_dir=STATE_DIR,
-        host_policy=HOST_POLICY_PATH,
-    )
-
-
-def _handed_over(script: Path) -> tuple[list[float], list[float]]:
-    # What the agent adds to a call is its own answer: no tool, no VM.
-    xml = _domain("handed", str(uuid.uuid4()), _element(host.SOCKET_DIR / "none.sock"))
-    found, base = [], []
-    for _ in range(NOOP_ROUNDS):
-        found.append(_timed((str(script), "handed", "prepare", "begin", "-"), xml))
-        base.append(_timed(_PYTHON, b""))
-    return found, base
-
-
-def _full(script: Path) -> list[float]:
-    found = []
+def _full(script: Path, directory: Path) -> tuple[list[float], list[float]]:
+    # Seconds a start of a VM waits for its hook: without an agent, and with one.
     socket_path = host.SOCKET_DIR / f"bench-{os.getpid()}.sock"
     name = f"kvmi-bench-{os.getpid()}"
     with host.directories(), rig.qemu(host.marker_rom()) as machine:
@@ -107,6 +82,7 @@ def _full(script: Path) -> list[float]:
         pidfile = LIBVIRT_QEMU_RUN_DIR / f"{name}.pid"
         pidfile.write_text(f"{machine.process.pid}\n")
         xml = _domain(name, machine.uuid, _element(socket_path))
+        started = (str(script), name, "started", "begin", "-")
         probe = [str(rig.BIN / "kvmi-libvirt"), "probe", "--listen", f"unix:{socket_path}"]
         with subprocess.Popen(
             probe, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -114,13 +90,35 @@ def _full(script: Path) -> list[float]:
             try:
                 assert tool.stderr is not None
                 tool.stderr.readline()
-                for _ in range(FULL_ROUNDS):
-                    found.append(_timed((str(script), name, "started", "begin", "-"), xml))
-                    machine.unhook()
-                    host.forget_vm(machine.uuid)
+                alone = _hooked_again(started, xml, machine, FULL_ROUNDS)
+                vm = StandIn(name=name, uuid=machine.uuid, pid=machine.process.pid, vcpus=1)
+                write_status(directory, vm, _element(socket_path))
+                with RunningAgent(
+                    directory,
+                    domains=str(directory),
+                    run_dir=LIBVIRT_QEMU_RUN_DIR,
+                    state_dir=STATE_DIR,
+                    host_policy=HOST_POLICY_PATH,
+                ):
+                    with_agent = _hooked_again(started, xml, machine, FULL_ROUNDS)
             finally:
                 tool.terminate()
                 pidfile.unlink()
+                host.forget_vm(machine.uuid)
+    return alone, with_agent
+
+
+def _hooked_again(
+    command: tuple[str, ...], xml: bytes, machine: rig.Rig, rounds: int
+) -> list[float]:
+    state = StateDir()
+    found = []
+    for _ in range(rounds):
+        found.append(_timed(command, xml))
+        recorded = state.load(machine.uuid)
+        if recorded is None or recorded.state != HOOKED:
+            raise RuntimeError(f"the hook did not hook: {recorded}")
+        introspect.unhook_vm(machine.process, recorded, state=state)
     return found
 
 

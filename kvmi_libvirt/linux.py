@@ -53,10 +53,6 @@ _inotify_add_watch = _libc["inotify_add_watch"]
 _inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
 _inotify_add_watch.restype = ctypes.c_int
 
-_madvise = _libc["madvise"]
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_madvise.restype = ctypes.c_int
-
 
 _process_vm_readv = _libc["process_vm_readv"]
 _process_vm_writev = _libc["process_vm_writev"]
@@ -215,21 +211,14 @@ def pidfd_getfd(pidfd: LocalFd, remote_fd: RemoteFd) -> LocalFd:
     return LocalFd(fd)
 
 
-_MADV_POPULATE_WRITE: Final = 23
+def own_syscall(number: int, *args: int) -> int:
+    """Make any system call of up to five arguments here; return what the kernel does.
 
-
-def own_memory() -> None:
-    """Make copies now of all memory this process still shares with what it was forked from.
-
-    Else each page costs a page fault when it is first used, at a moment nobody chose.
-    Does nothing before Linux 5.14. Source: madvise(2).
+    That is the result, or a negative errno, as an injected call's. Source: syscall(2).
     """
-    with open("/proc/self/maps", "rb") as maps:
-        ranges = [line.split()[:2] for line in maps]
-    for addresses, permissions in ranges:
-        if permissions == b"rw-p":
-            start, end = (int(address, 16) for address in addresses.split(b"-"))
-            _madvise(start, end - start, _MADV_POPULATE_WRITE)
+    padded = (*args, 0, 0, 0, 0, 0)[:5]
+    result: int = _syscall6(number, *padded)
+    return -ctypes.get_errno() if result == -1 else result
 
 
 KCMP_FILE: Final = 0

@@ -38,6 +38,7 @@ from kvmi_libvirt.errors import (
     TargetUnsuitable,
     UnsupportedByKernel,
 )
+from kvmi_libvirt.qemu.rehearsal import NO_VM, rehearse
 from kvmi_libvirt.qemu.remote import RECEIVED_FD_OFFSET, Remote, socket_link
 from kvmi_libvirt.qemu.tracee import attach_parked
 
@@ -145,19 +146,13 @@ def hook(
     """
     # What does not need the thread to stand still is made before it does.
     run = _Run(plan)
-    argument = bytes(kvm_introspection_hook(_NO_FD, 0, tuple(uuid)))
-    link = socket_link(sock)
+    handover = _Handover(sock, uuid)
+    rehearse(lambda remote: _rehearse_hook(remote, plan, handover))
     opened: list[RemoteFd] = []
-    linux.own_memory()
     with attach_parked(process, deadline=deadline) as tracee:
         remote = Remote(process, tracee)
         try:
-            remote.write(0, remote.message() + argument + run.features)
-            _pass_socket(remote, sock, link, opened)
-            run.steps(remote, vm_fd)
-            left = _close_all(remote, opened)
-            if left:
-                raise OSError(errno.EIO, "cleaning up inside QEMU failed")
+            _hook(remote, vm_fd, run, handover, opened)
         except TargetGone:
             raise
         except BaseException as error:
@@ -173,6 +168,32 @@ def hook(
     return run.report(tracee.stall_s)
 
 
+class _Handover:
+    # The tool's socket, and HOOK's argument but for the descriptor it gets in QEMU.
+    def __init__(self, sock: socket.socket, uuid: bytes) -> None:
+        self.sock = sock
+        self.link = socket_link(sock)
+        self.argument = bytes(kvm_introspection_hook(_NO_FD, 0, tuple(uuid)))
+
+
+def _hook(
+    remote: Remote, vm_fd: RemoteFd, run: _Run, handover: _Handover, opened: list[RemoteFd]
+) -> None:
+    remote.write(0, remote.message() + handover.argument + run.features)
+    _pass_socket(remote, handover, opened)
+    run.steps(remote, vm_fd)
+    if _close_all(remote, opened):
+        raise OSError(errno.EIO, "cleaning up inside QEMU failed")
+
+
+def _rehearse_hook(remote: Remote, plan: Plan, handover: _Handover) -> None:
+    opened: list[RemoteFd] = []
+    try:
+        _hook(remote, NO_VM, _Run(plan), handover, opened)
+    finally:
+        _close_all(remote, opened)
+
+
 def change(process: Process, vm_fd: RemoteFd, plan: Plan, *, deadline: float) -> Report:
     """Carry out *plan* on a VM that is hooked already: disallow first, then allow.
 
@@ -180,7 +201,7 @@ def change(process: Process, vm_fd: RemoteFd, plan: Plan, *, deadline: float) ->
     none of them allows more than the old and new policy together.
     """
     run = _Run(plan)
-    linux.own_memory()
+    rehearse(lambda remote: _Run(plan).steps(remote, NO_VM))
     with attach_parked(process, deadline=deadline) as tracee:
         remote = Remote(process, tracee)
         try:
@@ -282,13 +303,13 @@ class _Run:
         )
 
 
-def _pass_socket(remote: Remote, sock: socket.socket, link: str, opened: list[RemoteFd]) -> None:
+def _pass_socket(remote: Remote, handover: _Handover, opened: list[RemoteFd]) -> None:
     near, far = remote.socketpair()
     opened += (near, far)
-    remote.send_through(near, sock)
+    remote.send_through(near, handover.sock)
     channel = remote.receive_fd(far)
     opened.append(channel)
-    remote.require_link(channel, link)
+    remote.require_link(channel, handover.link)
 
 
 def _undo_hook(remote: Remote, vm_fd: RemoteFd, abi: KvmiAbi) -> list[str]:

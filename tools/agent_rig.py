@@ -143,6 +143,10 @@ class RunningAgent:
         answer: dict[str, Any] = json.loads(b"".join(chunks))
         return answer
 
+    def ping(self) -> dict[str, Any]:
+        """Return how it is."""
+        return self.ask("ping")
+
     def status(self) -> dict[str, dict[str, Any]]:
         """Return what it says about each VM, by name."""
         return {vm["domain"]: vm for vm in self.ask("status")["vms"]}

@@ -57,6 +57,8 @@ def start(level: int, *, journal: str = JOURNAL_SOCKET) -> None:
     logging.raiseExceptions = False
     for handler in tuple(root.handlers):
         root.removeHandler(handler)
+        if isinstance(handler, JournalHandler):
+            handler.close()
     root.setLevel(level)
     root.addHandler(_journal(journal) or _stderr())
 

@@ -101,6 +101,13 @@ class Notifier:
             return range(0)
         return range(_FIRST_FD, _FIRST_FD + count if is_ours and 0 < count <= _MAX_FDS else 0)
 
+    def close(self) -> None:
+        """Say nothing any more. Idempotent."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        self._address = ""
+
     def kept(self) -> dict[str, int]:
         """Return the descriptors that were kept, by name; the caller owns them.
 

@@ -38,8 +38,9 @@ _MAX_LINE_LEN: Final = 4096
 _MAX_NAME_LEN: Final = 4096
 _MAX_XML_LEN: Final = 64 << 20
 _MAX_CONNECTIONS: Final = 512
-_READ_S: Final = 10.0
+_READ_S: Final = 5.0
 _WRITE_S: Final = 10.0
+_END_S: Final = 10.0
 _ucred: Final = struct.Struct("=iII")
 
 Operation = "Callable[[str, str, str, bytes], Awaitable[str | None]]"
@@ -102,7 +103,7 @@ class Server:
                 os.unlink(self._path)
             os.close(self._lock)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_READ_S)
+            await asyncio.wait(self._tasks, timeout=_END_S)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -114,7 +115,7 @@ class Server:
                 await self._serve(reader, writer)
             else:
                 self.refused += 1
-        except (OSError, EOFError, ValueError, asyncio.TimeoutError) as error:
+        except (OSError, EOFError, ValueError, RecursionError, asyncio.TimeoutError) as error:
             logger.debug("a request came to nothing: %s", error)
         except Exception:
             # The edge of the process: one request must not end the agent.

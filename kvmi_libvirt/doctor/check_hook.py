@@ -146,12 +146,11 @@ def check_libvirt(libvirt: LibvirtFacts, *, is_needed: bool) -> Iterator[Line]:
     found = Check("libvirt", "that libvirt answers")
     if libvirt.version is not None:
         yield found.passed(f"version {libvirt.version}")
+    elif libvirt.is_silent:
+        daemon = next((f"{one.name} (process {one.pid})" for one in libvirt.daemons), "it")
+        yield found.fail(f"{libvirt.problem}, though {daemon} runs", what_holds_it_up(libvirt))
     elif libvirt.daemons:
-        daemon = libvirt.daemons[0]
-        yield found.fail(
-            f"{libvirt.problem}, though {daemon.name} runs (process {daemon.pid})",
-            what_holds_it_up(libvirt),
-        )
+        yield found.fail(f"{libvirt.problem}")
     elif is_needed:
         yield found.fail(f"{libvirt.problem}", "start it: systemctl start libvirtd, or virtqemud")
     else:

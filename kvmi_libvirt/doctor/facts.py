@@ -96,14 +96,14 @@ class LibvirtFacts:
 
     Parameters
         is_installed  there is a libvirt on this host
-        hook_ran      when one of our hook's runs was logged last, "" if that is not known
+        is_silent     it was asked, and did not answer in time
     """
 
     is_installed: bool
     daemons: tuple[DaemonFacts, ...] = ()
     version: str | None = None
     problem: str | None = None
-    hook_ran: str = ""
+    is_silent: bool = False
 
 
 # -- the kernel and its security modules ---------------------------------------------------

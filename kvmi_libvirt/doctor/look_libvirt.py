@@ -41,17 +41,19 @@ def look_at_libvirt(uri: str, *, timeout_s: float, hook_ran_at: float | None) ->
         timeout_s    seconds libvirt gets to answer
         hook_ran_at  when one of the hook's runs was logged last
     """
-    version, problem = None, None
+    version, problem, is_silent = None, None, False
     try:
         version = bounded.call(lambda: libvirtio.version(uri=uri), timeout_s=timeout_s)
-    except (bounded.Unanswered, KvmiLibvirtError, OSError) as error:
+    except bounded.Unanswered as error:
+        problem, is_silent = str(error), True
+    except (KvmiLibvirtError, OSError) as error:
         problem = str(error)
     return LibvirtFacts(
         is_installed=_is_installed(),
         daemons=tuple(_daemons(hook_ran_at)),
         version=version,
         problem=problem,
-        hook_ran="" if hook_ran_at is None else _clock(hook_ran_at),
+        is_silent=is_silent,
     )
 
 

@@ -93,6 +93,7 @@ class KeptSignals:
                     until = time.monotonic() + _HANDLER_S
                 linux.ptrace_cont(self._tid)
                 continue
+            until = None  # as long again for the next one
             self._put_siginfo_back(number)
             if not self._kept:
                 linux.ptrace_detach(self._tid, number)

@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import select
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -48,6 +49,7 @@ _ELFCLASS64: Final = 2
 _EM_X86_64: Final = 62
 _MAX_PROC_FILE_LEN: Final = 16 << 20
 _MAX_PIDFILE_LEN: Final = 32
+_EXECVE_S: Final = 1.0
 _ENDING_S: Final = 1.0
 
 
@@ -190,8 +192,12 @@ class Process:
 
     def _require_option(self, option: str, value: str, whose: str) -> None:
         arguments = self.command_line()
-        if not arguments:  # its memory went first
-            raise TargetGone(f"QEMU process {self.pid} has ended", pid=self.pid)
+        # A process has none when its memory is gone, and for a moment in execve(2).
+        deadline = time.monotonic() + _EXECVE_S
+        while not arguments and self.is_alive() and time.monotonic() < deadline:
+            self._require_not_exiting()
+            time.sleep(0.001)
+            arguments = self.command_line()
         for name, given in itertools.pairwise(arguments):
             if name == option and given.lower() == value.lower():
                 return

@@ -3,7 +3,7 @@
 
 Arguments are placed in the unused part of the stopped thread's own stack, below
 the red zone: nothing is mapped, so nothing can be left mapped. May import
-``abi``, ``errors``, ``newtypes``, ``linux``, ``qemu.process`` and ``qemu.tracee``.
+``abi``, ``errors``, ``newtypes``, ``linux`` and ``qemu.process``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from kvmi_libvirt import linux
 from kvmi_libvirt.abi import x86_64 as x86
@@ -23,7 +23,6 @@ from kvmi_libvirt.newtypes import RemoteAddr, RemoteFd
 
 if TYPE_CHECKING:
     from kvmi_libvirt.qemu.process import Process
-    from kvmi_libvirt.qemu.tracee import Tracee
 
 SCRATCH_LEN: Final = 2048
 MESSAGE_LEN: Final = 112
@@ -51,17 +50,28 @@ _DATA_OFFSET: Final = SCRATCH_LEN - 16
 _PAIR_OFFSET: Final = SCRATCH_LEN - 8
 
 
-class Remote:
-    """What the stopped thread of *process* can be made to do for us.
+class Caller(Protocol):
+    """A thread that makes system calls for us: a Tracee, as a rule."""
 
-    Valid only while *tracee* is entered. Holds no resource of its own.
+    @property
+    def stack_pointer(self) -> RemoteAddr:
+        """Return where the used part of its stack ends."""
+
+    def syscall(self, number: int, *args: int) -> int:
+        """Make one call; return its result, or a negative errno."""
+
+
+class Remote:
+    """What a stopped thread of *process* can be made to do for us.
+
+    Valid only while the thread is held. Holds no resource of its own.
     """
 
-    def __init__(self, process: Process, tracee: Tracee) -> None:
+    def __init__(self, process: Process, caller: Caller) -> None:
         """Take the unused stack below the red zone; nothing is looked at yet."""
         self.process = process
-        self._tracee = tracee
-        top = tracee.stack_pointer - x86.RED_ZONE_LEN
+        self._caller = caller
+        top = caller.stack_pointer - x86.RED_ZONE_LEN
         self.scratch = RemoteAddr((top - SCRATCH_LEN) & ~63)
 
     def write(self, offset: int, data: bytes) -> RemoteAddr:
@@ -95,7 +105,7 @@ class Remote:
             RemoteCallTimeout   it blocked beyond the deadline and was abandoned
         """
         try:
-            result = self._tracee.syscall(number, *args)
+            result = self._caller.syscall(number, *args)
         except RemoteCallTimeout as error:
             raise RemoteCallTimeout(error.errno or 0, name, error.detail) from error
         if -x86.MAX_ERRNO <= result < 0:

@@ -118,9 +118,9 @@ class Tracee:
             # The pid could have been re-used between identification and SEIZE.
             self._process.require_alive()
             self._urgency.begin()
-            self.stopped_at_s = time.monotonic()
             self._request("PTRACE_INTERRUPT", linux.ptrace_interrupt)
             self._wait_event_stop()
+            self.stopped_at_s = time.monotonic()
             _trace("stopped")
             self._saved = linux.ptrace_getregs(self._tid)
             self._require_parked(looked)

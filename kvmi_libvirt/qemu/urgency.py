@@ -17,6 +17,7 @@ from typing import Final
 
 # The lowest real-time priority: above all ordinary work, below any other of its kind.
 _PRIORITY: Final = 1
+_ORDINARY: Final = frozenset({os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class Urgency:
             is_collecting=gc.isenabled(),
         )
         gc.disable()
+        if self._before.policy & ~os.SCHED_RESET_ON_FORK not in _ORDINARY:
+            return  # whoever made this process a real-time one knows better
         with contextlib.suppress(OSError):  # no CAP_SYS_NICE, no real-time in this cgroup
             policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
             os.sched_setscheduler(0, policy, os.sched_param(_PRIORITY))

@@ -44,6 +44,7 @@ class Site:
     directory: Path
     fleet: Fleet
     agent: RunningAgent
+    log_begins: int = 0
 
     @property
     def tool_path(self) -> Path:
@@ -108,15 +109,19 @@ class Site:
 
     def wait_rest(self) -> None:
         """Wait until the agent has nothing to do."""
-        self.agent.wait(lambda: not self.agent.ask("ping")["busy"], what="the agent is at rest")
+        self.agent.wait(lambda: not self.agent.ping()["busy"], what="the agent is at rest")
 
     def wait_log(self, text: str) -> None:
         """Wait until the agent's log has *text*."""
         self.agent.wait(lambda: text in self.log(), what=f"'{text}' in the log")
 
+    def begin(self) -> None:
+        """Forget the log so far."""
+        self.log_begins = self.agent.log.stat().st_size
+
     def log(self) -> str:
         """Return the agent's log."""
-        return self.agent.log.read_text(encoding="utf-8")
+        return self.agent.log.read_bytes()[self.log_begins :].decode()
 
     def allows(self, tool: PatientTool, vm: StandIn) -> set[str] | None:
         """Return which of IDS the kernel allows the tool; None when it has no channel."""
@@ -177,11 +182,32 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def host(tmp_path: Path, programs: Path) -> Iterator[Site]:
-    """Have a site whose agent runs."""
+def own(tmp_path: Path, programs: Path) -> Iterator[Site]:
+    """Have a site of the test's own, whose agent runs."""
     with site(tmp_path, programs) as made:
         made.agent.start()
         yield made
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory, programs: Path) -> Iterator[Site]:
+    """Have a site whose agent runs for all tests that do not end it."""
+    with site(tmp_path_factory.mktemp("site"), programs) as made:
+        made.agent.start()
+        yield made
+
+
+@pytest.fixture
+def host(running: Site) -> Iterator[Site]:
+    """Have that site, without VMs and with a policy that assigns nothing."""
+    write_policy(running.directory)
+    for left in running.directory.glob("*.sock"):
+        if left.name != "metrics.sock":
+            left.unlink()
+    running.begin()
+    yield running
+    running.shut(*running.fleet.vms.values())
+    running.agent.wait(lambda: running.agent.ping()["vms"] == 0, what="every VM is forgotten")
 
 
 @pytest.fixture

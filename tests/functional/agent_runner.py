@@ -4,7 +4,8 @@
     python agent_runner.py --config FILE
 
 KVMI_TEST_DIE=POINT:COUNT   SIGKILLs the daemon when it reaches a point of agent.tracing
-                            for the COUNT-th time
+                            for the COUNT-th time, and makes the file POINT beside the
+                            configuration
 KVMI_TEST_FDS=FD:NAME,..    passes descriptors as a service manager does that kept them
 """
 
@@ -20,7 +21,7 @@ from kvmi_libvirt.agent import daemon, tracing
 from kvmi_libvirt.agent.settings import load_settings
 
 
-def die_at(text: str) -> None:
+def die_at(text: str, directory: Path) -> None:
     """Die at a point."""
     wanted, _, count = text.partition(":")
     reached: Counter[str] = Counter()
@@ -28,6 +29,7 @@ def die_at(text: str) -> None:
     def point(name: str) -> None:
         reached[name] += 1
         if name == wanted and reached[name] == int(count):
+            (directory / wanted).touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert wanted in tracing.POINTS
@@ -53,11 +55,12 @@ def pass_on(text: str) -> None:
 
 def main() -> None:
     """Be the agent."""
+    config = Path(sys.argv[2])
     if "KVMI_TEST_FDS" in os.environ:
         pass_on(os.environ["KVMI_TEST_FDS"])
     if "KVMI_TEST_DIE" in os.environ:
-        die_at(os.environ["KVMI_TEST_DIE"])
-    daemon.run(load_settings(Path(sys.argv[2])))
+        die_at(os.environ["KVMI_TEST_DIE"], config.parent)
+    daemon.run(load_settings(config))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Emulated:
                 assert not options
                 name = f"{WRAPPER.name}-{abi.name}".removesuffix("-v12")
                 command = [str(WRAPPER.with_name(name)), *victim]
-                environment = {**os.environ, "KVMI_QEMU": sys.executable, "PERL5OPT": "-w"}
+                environment = {**os.environ, "KVMI_QEMU": sys.executable, "PERL5OPT": "-w -Mstrict"}
             self.process = subprocess.Popen(
                 command, pass_fds=fds, user=user, stderr=subprocess.PIPE, env=environment
             )

@@ -21,7 +21,9 @@ from agent_harness import (
     WAIT_S,
     Site,
     host,
+    own,
     programs,
+    running,
     site,
     tool,
 )
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
     from fleet import StandIn
 
-__all__ = ["host", "programs", "tool"]
+__all__ = ["host", "own", "programs", "running", "tool"]
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp, pytest.mark.ptrace]
 
@@ -370,23 +372,22 @@ class Manager:
             os.close(self.fds.pop(fields["FDNAME"]))
 
 
-def test_an_agent_whose_worker_parent_is_killed_ends_with_a_reason(
-    host: Site, tool: PatientTool
-) -> None:
-    host.assign()
-    (vm,) = host.boot("vm")
-    host.wait_rights(vm)
-    agent = host.agent.process
-    assert agent is not None
-    (zygote,) = children(agent.pid)
-    os.kill(zygote, signal.SIGKILL)
-    assert agent.wait(WAIT_S) == 1
-    assert host.log().rstrip().endswith("start the agent anew")
-    assert "Traceback" not in host.log()
-    assert host.allows(tool, vm) == {INFO}
-    host.agent.stop()
-    host.agent.start()
-    host.wait_rights(vm)
+def test_an_agent_whose_worker_parent_is_killed_ends_with_a_reason(own: Site) -> None:
+    own.assign()
+    with PatientTool(own.tool_path) as tool:
+        (vm,) = own.boot("vm")
+        own.wait_rights(vm)
+        agent = own.agent.process
+        assert agent is not None
+        (parent_of_workers,) = children(agent.pid)
+        os.kill(parent_of_workers, signal.SIGKILL)
+        assert agent.wait(WAIT_S) == 1
+        assert own.log().rstrip().endswith("start the agent anew")
+        assert "Traceback" not in own.log()
+        assert own.allows(tool, vm) == {INFO}
+        own.agent.start()
+        own.wait_rights(vm)
+        assert own.allows(tool, vm) == {INFO}
 
 
 def children(pid: int) -> list[int]:
@@ -394,20 +395,20 @@ def children(pid: int) -> list[int]:
         return [int(word) for word in file.read().split()]
 
 
-def test_of_agents_that_start_at_once_one_serves_and_the_others_say_why(host: Site) -> None:
-    host.agent.kill()  # its socket lies there
-    command = [str(PROGRAM), "agent", "--config", str(host.agent.config)]
+def test_of_agents_that_start_at_once_one_serves_and_the_others_say_why(own: Site) -> None:
+    own.agent.kill()  # its socket lies there
+    command = [str(PROGRAM), "agent", "--config", str(own.agent.config)]
     with contextlib.ExitStack() as stack:
         agents = [
             stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE)) for _ in range(3)
         ]
-        host.agent.wait(
+        own.agent.wait(
             lambda: sum(agent.poll() is None for agent in agents) == 1, what="one is left"
         )
-        host.agent.wait(host.agent.answers, what="it serves")
+        own.agent.wait(own.agent.answers, what="it serves")
         for agent in agents:
             if agent.poll() is None:
-                assert host.agent.ask("ping")["pid"] == agent.pid
+                assert own.agent.ask("ping")["pid"] == agent.pid
                 agent.terminate()
                 continue
             assert agent.stderr is not None

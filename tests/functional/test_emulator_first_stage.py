@@ -25,7 +25,7 @@ from emulator_harness import (
 )
 from support import wait_for_supervisor, wait_until
 
-from kvmi_libvirt.abi.kvmi import Ioctl
+from kvmi_libvirt.abi.kvmi import KVM_CREATE_VM, Ioctl
 from kvmi_libvirt.abi.revisions import by_name
 from kvmi_libvirt.abi.v7 import V7
 from kvmi_libvirt.abi.v12 import V12
@@ -267,17 +267,35 @@ def test_calls_when_let_through_by_the_first_stage_then_they_are_known_afterward
 
 @pytest.mark.kvm
 def test_second_vm_when_made_then_python_tells_them_apart(victim: Emulated) -> None:
-    first, second = victim.make_vm(), victim.make_vm()
+    first = victim.make_vm()
+    victim.do("create_vcpu", vm=first, index=0)
+    assert stage(victim) == "perl"
+    second = victim.make_vm()
     assert stage(victim).startswith("python3")
-    for vm, count in ((first, 1), (second, 2)):
-        for index in range(count):
-            victim.do("create_vcpu", vm=vm, index=index)
+    for index in range(2):
+        victim.do("create_vcpu", vm=second, index=index)
     with victim.hook(first) as first_tool, victim.hook(second) as second_tool:
         for vm in (first, second):
             assert victim.ioctl(Ioctl.COMMAND, vm, feature(1, 8)) == 0
 
         assert asked(first_tool, GET_INFO)[16:20] == struct.pack("<I", 1)
         assert asked(second_tool, GET_INFO)[16:20] == struct.pack("<I", 2)
+
+
+@pytest.mark.kvm
+def test_vm_when_it_has_to_be_made_again_then_python_is_not_loaded_for_that(
+    victim: Emulated,
+) -> None:
+    # A KVM_CREATE_VM that was interrupted is repeated, and QEMU waits for nothing.
+    kvm = victim.do("open_kvm")
+    assert victim.do("ioctl", fd=kvm, request=KVM_CREATE_VM, argument=0x7FFF) == "EINVAL"
+    vm = victim.do("create_vm", kvm=kvm)
+    victim.do("create_vcpu", vm=vm, index=0)
+    assert stage(victim) == "perl"
+
+    with victim.hook(vm) as tool:
+        assert victim.ioctl(Ioctl.COMMAND, vm, feature(1, 8)) == 0
+        assert asked(tool, GET_INFO)[16:20] == struct.pack("<I", 1)
 
 
 @pytest.mark.kvm
@@ -477,7 +495,7 @@ def test_wrapper_when_run_by_an_ordinary_user_then_it_works_with_no_new_privs() 
     program = "import json, sys\nprint(open('/proc/self/status').read())\n" + PROBE
     result = subprocess.run(
         [str(WRAPPER), "-c", program],
-        env={"KVMI_QEMU": "/usr/bin/python3", "PERL5OPT": "-w"},
+        env={"KVMI_QEMU": "/usr/bin/python3", "PERL5OPT": "-w -Mstrict"},
         user=65534,
         extra_groups=[kvm_group],
         capture_output=True,

@@ -98,12 +98,11 @@ def visit(victim: Victim, case: Case, action: Callable[[], None]) -> None:
         if case.is_parked:
             results = inject(victim, (NR_GETPID,), (NR_GETPID,), at={"stopped": act})
             assert results == [victim.pid] * 2
-        else:
+        while was_stopped[:] != b"y":  # on a busy machine a try may be over too soon
             try:
                 inject(victim, timeout_s=0.1, at={"stopped": act}, look=parked_at_first_sight)
             except SessionError as error:  # unless its call is over, and it waits for orders
                 assert error.kind == "TargetBusy"  # noqa: PT017
-        assert was_stopped[:] == b"y"
 
 
 def visit_until_it_reports(victim: Victim, case: Case) -> None:
@@ -180,15 +179,15 @@ def test_a_visited_call_ends_as_one_left_alone(
 
 def test_a_timed_epoll_wait_is_left_alone(parked: Path) -> None:
     # signal(7): a stop alone ends it, and how much of its timeout was left cannot be known.
-    with running(parked, "epoll_wait", SHORT_MS) as victim:
+    with running(parked, "epoll_wait", LONG_MS) as victim:
         victim.sleep_until_parked()
 
         with pytest.raises(SessionError, match="with a timeout, which a stop would cut short"):
             inject(victim, (NR_GETPID,), timeout_s=0.1)
 
+        victim.write(b"q")
         report = victim.report()
-        assert (report["result"], report["errno"]) == (0, 0)
-        assert report["elapsed_ms"] >= SHORT_MS
+        assert (report["result"], report["errno"]) == (1, 0)
 
 
 # -- signals -------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tracee_harness import (
 
 from kvmi_libvirt import worker
 from kvmi_libvirt.abi.ptrace import PF_USER_WORKER
+from kvmi_libvirt.abi.x86_64 import NR_CLOSE
 from kvmi_libvirt.errors import SessionError, TargetGone
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.qemu import tracee as tracee_module
@@ -105,24 +106,44 @@ def test_a_thread_in_user_mode_is_busy(parked: Path) -> None:
 def test_a_call_that_blocks_is_abandoned_at_the_deadline(parked: Path) -> None:
     with running(parked, "ppoll", -1) as victim:
         victim.sleep_until_parked()
-        # Nothing comes on stdin: an injected read of it blocks.
         with Process(Pid(victim.pid)) as process:
-            deadline = time.monotonic() + 0.3
 
             def session() -> Report:
-                with attach_parked(process, deadline=deadline) as tracee:
+                with attach_parked(process, deadline=time.monotonic() + 10) as tracee:
+                    tracee._deadline = time.monotonic() + 1.0
                     remote = Remote(process, tracee)
+                    # Nothing comes on stdin: an injected read of it blocks.
                     remote.call("read", NR_READ, 0, remote.scratch, 1)
                 return Report(abi="")
 
-            with pytest.raises(SessionError) as caught:
-                worker.run(session, deadline=deadline, keep_fds=process.owned_fds)
+            with pytest.raises(SessionError, match="blocked beyond the deadline") as caught:
+                worker.run(session, deadline=time.monotonic() + 20, keep_fds=process.owned_fds)
 
         victim.write(b"q")
         report = victim.report()
 
         assert caught.value.kind == "RemoteCallTimeout"
         assert (report["result"], report["errno"]) == (1, 0)
+
+
+def test_no_call_is_made_after_the_deadline(parked: Path) -> None:
+    # Whoever waited for the result has given up by then.
+    with running(parked, "ppoll", -1) as victim:
+        victim.sleep_until_parked()
+        with Process(Pid(victim.pid)) as process:
+
+            def session() -> Report:
+                with attach_parked(process, deadline=time.monotonic() + 10) as tracee:
+                    tracee._deadline = time.monotonic() - 0.001
+                    remote = Remote(process, tracee)
+                    remote.call("close", NR_CLOSE, 0)
+                return Report(abi="")
+
+            with pytest.raises(SessionError, match="not made, the deadline has passed"):
+                worker.run(session, deadline=time.monotonic() + 20, keep_fds=process.owned_fds)
+
+        victim.write(b"q")  # its stdin is still open
+        assert victim.report()["result"] == 1
 
 
 @pytest.mark.parametrize("point", TRACE_POINTS)

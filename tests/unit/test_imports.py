@@ -58,6 +58,8 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "qemu.urgency": frozenset(),
         "qemu.looking": BASE | {"abi", "linux", "qemu.parked", "qemu.process"},
         "qemu.kept_signals": BASE | {"abi", "linux", "qemu.process"},
+        "qemu.remote": BASE | {"abi", "linux", "qemu.process"},
+        "qemu.rehearsal": BASE | {"abi", "linux", "qemu.process", "qemu.remote"},
         "qemu.tracee": BASE
         | {"abi", "linux"}
         | {f"qemu.{name}" for name in ("parked", "urgency", "looking", "kept_signals", "process")},

@@ -12,9 +12,11 @@
  *
  * OPTIONs: restart (SA_RESTART), mask (a handler runs with all signals blocked),
  * block (SIGUSR1 stays blocked), churn (other threads come and go all the time),
- * worker (the kernel adds a worker thread of its own to the process).
+ * worker (the kernel adds a worker thread of its own to the process), full (its stack
+ * is used up to the last KiB).
  */
 #define _GNU_SOURCE
+#include <alloca.h>
 #include <errno.h>
 #include <linux/futex.h>
 #include <linux/io_uring.h>
@@ -25,9 +27,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
+#include <ucontext.h>
 #include <unistd.h>
+
+#define STACK_LEN 65536
+#define GUARD_LEN 4096
 
 static void on_signal(int number, siginfo_t *info, void *context)
 {
@@ -123,6 +130,48 @@ static long block(const char *call, long timeout_ms, int epoll_fd)
 	return -2;
 }
 
+static struct {
+	const char *call;
+	long timeout_ms, result;
+	int epoll_fd;
+	char *stack;
+	ucontext_t back;
+} deep;
+
+static void block_deep(void)
+{
+	char here;
+	size_t unused = &here - deep.stack - 1024;
+	volatile char *used = alloca(unused);
+
+	used[0] = 0;
+	deep.result = block(deep.call, deep.timeout_ms, deep.epoll_fd);
+}
+
+/* As block(), near the end of a stack below which nothing can be accessed. */
+static long block_on_full_stack(const char *call, long timeout_ms, int epoll_fd)
+{
+	ucontext_t context;
+	char *pages = mmap(NULL, GUARD_LEN + STACK_LEN, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS,
+			   -1, 0);
+
+	if (pages == MAP_FAILED || mprotect(pages + GUARD_LEN, STACK_LEN, PROT_READ | PROT_WRITE))
+		exit(1);
+	block(call, 0, epoll_fd); /* binds what it calls, which takes more stack */
+	deep.call = call;
+	deep.timeout_ms = timeout_ms;
+	deep.epoll_fd = epoll_fd;
+	deep.stack = pages + GUARD_LEN;
+	getcontext(&context);
+	context.uc_stack.ss_sp = deep.stack;
+	context.uc_stack.ss_size = STACK_LEN;
+	context.uc_link = &deep.back;
+	makecontext(&context, block_deep, 0);
+	swapcontext(&deep.back, &context);
+	munmap(pages, GUARD_LEN + STACK_LEN);
+	return deep.result;
+}
+
 int main(int argc, char **argv)
 {
 	struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO };
@@ -132,7 +181,7 @@ int main(int argc, char **argv)
 	long timeout_ms = atol(argv[2]);
 	sigset_t set;
 	char byte = 0;
-	int i;
+	int is_full = 0, i;
 
 	for (i = 3; i < argc; i++) {
 		if (!strcmp(argv[i], "restart"))
@@ -147,6 +196,8 @@ int main(int argc, char **argv)
 			start(come_and_go);
 		else if (!strcmp(argv[i], "worker"))
 			start_kernel_worker();
+		else if (!strcmp(argv[i], "full"))
+			is_full = 1;
 	}
 	sigaction(SIGUSR1, &action, NULL);
 	sigaction(SIGUSR2, &action, NULL);
@@ -162,6 +213,8 @@ int main(int argc, char **argv)
 		errno = 0;
 		if (!strcmp(call, "read"))
 			result = read(0, &byte, 1);
+		else if (is_full)
+			result = block_on_full_stack(call, timeout_ms, epoll_fd);
 		else
 			result = block(call, timeout_ms, epoll_fd);
 		error = result < 0 ? errno : 0;

@@ -143,7 +143,7 @@ def test_a_daemon_that_cannot_be_seen_is_not_judged() -> None:
 
 
 def test_a_daemon_that_runs_and_does_not_answer() -> None:
-    hung = replace(LIBVIRT, version=None, problem="no answer within 10 s")
+    hung = replace(LIBVIRT, version=None, problem="no answer within 10 s", is_silent=True)
 
     found = bad(list(check_libvirt(hung, is_needed=False)))
 
@@ -153,6 +153,10 @@ def test_a_daemon_that_runs_and_does_not_answer() -> None:
     waiting = replace(hung, daemons=(replace(DAEMON, waits_for=("hook x (process 9), for 3 s",)),))
     found = bad(list(check_libvirt(waiting, is_needed=False)))
     assert "it waits for hook x (process 9), for 3 s; end that process" in found[2]
+
+    refuses = replace(hung, problem="python3-libvirt is not installed", is_silent=False)
+    found = bad(list(check_libvirt(refuses, is_needed=False)))
+    assert found == ("libvirt", "FAIL", "python3-libvirt is not installed; None")
 
 
 @pytest.mark.parametrize(("has_ptrace", "verdict"), [(False, "FAIL"), (None, "WARN")])

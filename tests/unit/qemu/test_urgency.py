@@ -57,6 +57,17 @@ def test_a_visit_runs_before_ordinary_work_and_its_children_do_not() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == os.SCHED_OTHER
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs CAP_SYS_NICE")
+def test_a_higher_priority_is_kept() -> None:
+    child = os.fork()
+    if child == 0:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(7))
+        Urgency().begin()
+        os._exit(os.sched_getparam(0).sched_priority)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
 def test_what_is_not_permitted_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: object) -> None:
         raise PermissionError

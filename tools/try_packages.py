@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make test-deb``: install the Debian package in a clean Debian, use it, take it away.
+"""``make test-packages``: install the packages in a clean Debian, use them, take them away.
 
 What ``tools/make-deb`` built is installed by apt in a new debootstrap directory, from
 where ``packaging/debian/tests/installed`` runs. Then what a package owes its
 administrator: what was changed by hand stays, what was removed by hand stays away,
-and after a purge nothing is left.
+and after a purge nothing is left. Last, the RPM that ``tools/make-rpm`` built here:
+its files and scripts, with the dependencies that Debian has under other names.
 """
 
 from __future__ import annotations
@@ -25,29 +26,37 @@ NO_DAEMON = "no libvirt daemon runs: it will see the hook when it starts"
 
 def main() -> int:
     """Run it all; return 0 when everything was as it should be."""
-    parser = argparse.ArgumentParser(description="test the Debian package in a clean Debian")
+    parser = argparse.ArgumentParser(description="test the packages in a clean Debian")
     parser.add_argument("--base", type=Path, help="copy this debootstrap directory, not a new one")
     args = parser.parse_args()
     started_at = time.monotonic()
     try:
-        packages = list((ROOT / "dist").glob("kvmi-libvirt_*_all.deb"))
-        if len(packages) != 1:
-            raise ContainerError("not one package in dist/: make deb")
+        deb, rpm = only("kvmi-libvirt_*_all.deb"), only("kvmi-libvirt-[0-9]*.noarch.rpm")
         say("making a clean Debian")
         with container(base=args.base) as debian:
-            run_all(debian, packages[0])
+            shutil.copy(deb, debian.root / "srv/kvmi-libvirt.deb")
+            shutil.copy(rpm, debian.root / "srv/kvmi-libvirt.rpm")
+            shutil.copy(ROOT / "packaging/debian/tests/installed", debian.root / "srv/installed")
+            debian.run("apt-get", "update", "-qq", network=True)
+            try_deb(debian)
+            try_rpm(debian)
     except ContainerError as error:
-        print(f"test-deb: {error}", file=sys.stderr)
+        print(f"test-packages: {error}", file=sys.stderr)
         return 1
     say(f"done in {time.monotonic() - started_at:.0f} s")
     return 0
 
 
-def run_all(debian: Container, package: Path) -> None:
+def only(pattern: str) -> Path:
+    """Return the one package in dist/ that fits; ContainerError when there is not one."""
+    found = list((ROOT / "dist").glob(pattern))
+    if len(found) != 1:
+        raise ContainerError(f"not one {pattern} in dist/; next: make deb rpm")
+    return found[0]
+
+
+def try_deb(debian: Container) -> None:
     """Everything that can be seen of the package, in the order of an installation's life."""
-    shutil.copy(package, debian.root / "srv/kvmi-libvirt.deb")
-    shutil.copy(ROOT / "packaging/debian/tests/installed", debian.root / "srv/installed")
-    debian.run("apt-get", "update", "-qq", network=True)
     before = files(debian)
 
     say("installing the package")
@@ -92,6 +101,27 @@ def run_all(debian: Container, package: Path) -> None:
     apt(debian, "purge", "--autoremove", "kvmi-libvirt")
     left = sorted(files(debian) - before)
     require(not left, "a purge leaves nothing", "\n".join(left))
+
+
+def try_rpm(debian: Container) -> None:
+    """Install, use and remove the RPM; Debian's packages stand in for its dependencies."""
+    say("the RPM package")
+    apt(debian, "install", "rpm", "python3-libvirt", "python3-lxml")
+    before = files(debian)
+    output = debian.run("rpm", "--install", "--nodeps", "/srv/kvmi-libvirt.rpm").stdout
+    require((debian.root / HOOK).exists(), "its script installs the hook")
+    require(NO_DAEMON in output, "and tells what libvirt knows of it", output)
+    require_private_secrets(debian)
+    sys.stdout.write(debian.run("/srv/installed").stdout)
+    debian.run("rpm", "--erase", "--nodeps", "kvmi-libvirt")
+    require(not (debian.root / HOOK).exists(), "no hook without the package that it runs")
+    # Logs stay; the directory of hooks is libvirt's, which is not here; and what Python
+    # compiled when it ran is the package's only where Fedora's macros build it.
+    left = {name for name in files(debian) - before if "__pycache__" not in name}
+    left -= {"etc/libvirt/hooks", "var/log/kvmi-libvirt", "var/log/kvmi-libvirt/hook.log"}
+    compiled = [name for name in files(debian) if "__pycache__" in name]
+    left = {name for name in left if not any(path.startswith(name) for path in compiled)}
+    require(not left, "nothing is left", "\n".join(sorted(left)))
 
 
 def apt(debian: Container, *arguments: str) -> str:
