@@ -174,8 +174,11 @@ def test_files_that_others_can_write_are_refused_before_a_vm_starts(vm: Vm, etc:
     vm.define(element(vm.socket, commands=(INFO,)))
     path = etc.policy("<sockets/>")
     spoilers: tuple[tuple[Callable[[], None], str], ...] = (
-        (lambda: path.chmod(0o666), f"{path}: is writable by others (mode 0666); chmod go-w"),
-        (lambda: os.chown(path, 65534, -1), f"{path}: belongs to uid 65534, not to root; chown it"),
+        (lambda: path.chmod(0o666), f"is writable by others (mode 0666); chmod go-w ({path})"),
+        (
+            lambda: os.chown(path, 65534, -1),
+            f"belongs to uid 65534, not to root; chown it ({path})",
+        ),
     )
     for spoil, said in spoilers:
         os.chown(path, 0, -1)
@@ -233,7 +236,7 @@ def test_tool_must_know_the_secret_which_is_never_told(vm: Vm, etc: Etc, tmp_pat
         told.append(result.stderr)
         return result.stderr
 
-    assert f"{secret}: is open to others (mode 0640); chmod 0600" in refused()
+    assert f"is open to others (mode 0640); chmod 0600 ({secret})" in refused()
     secret.chmod(0o600)
     known.write_text("something else", encoding="ascii")
     with probe(vm.socket, "--secret", str(known)) as tool:
