@@ -143,7 +143,7 @@ def another_host(
         for directory in own:
             if not Path(directory).exists():  # something to be mounted on
                 Path(directory).mkdir(parents=True)
-                stack.callback(Path(directory).rmdir)
+                stack.callback(_rmdir, Path(directory))
         _furnish(root, own, hook)
         anchor = stack.enter_context(_namespaces(root, own, name))
         within = ("nsenter", f"--target={anchor}", "--mount", "--net", "--uts", "--")
@@ -154,6 +154,11 @@ def another_host(
         host.start_daemon("virtlogd", second.path(host.VIRTLOGD_SOCKET), within=within)
         second.start_libvirtd()
         yield second
+
+
+def _rmdir(path: Path) -> None:
+    with contextlib.suppress(OSError):  # not ours alone any more
+        path.rmdir()
 
 
 def _furnish(root: Path, own: Sequence[str], hook: Path | None) -> None:
