@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt.errors import PolicyError
+from kvmi_libvirt.errors import PolicyError, StateError
 from kvmi_libvirt.policy.document import MAX_BYTES, parse
 from kvmi_libvirt.policy.element import parse_document
 from kvmi_libvirt.policy.facts import Identity
@@ -32,7 +32,7 @@ CLUSTER_DIR: Final = Path("/etc/pve/kvmi")
 
 _MAX_CONFIG_LEN: Final = 1 << 20
 _SMBIOS_UUID: Final = re.compile(
-    r"(?i)(?:^|,)\s*uuid=([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+    r"(?i)(?:^|,)uuid=([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:,|$)"
 )
 
 
@@ -45,6 +45,7 @@ class Places:
         elements     directories with VMID.xml; the first that has one counts
         run          pidfiles and monitors
         configs      of the VMs on this node
+        nodes        of all nodes, in which theirs are
         owner        whose the files of policy must be
         kvm          the QEMU that machines run in
     """
@@ -53,6 +54,7 @@ class Places:
     elements: tuple[Path, ...] = (Path("/etc/kvmi-libvirt/proxmox"), CLUSTER_DIR)
     run: Path = Path("/var/run/qemu-server")
     configs: Path = Path("/etc/pve/qemu-server")
+    nodes: Path = Path("/etc/pve/nodes")
     owner: int = ROOT
     kvm: Path = Path("/usr/bin/kvm")
 
@@ -125,9 +127,28 @@ class Files:
         match = _SMBIOS_UUID.search(self.config().get("smbios1", ""))
         return None if match is None else match[1].lower()
 
+    def require_config(self) -> None:
+        """Raise StateError if the VM has no configuration: its policy may be away as well.
+
+        So it is while pmxcfs is not mounted; a VM that runs has one on some node.
+        """
+        path = self._config_path()
+        if not path.exists():
+            raise StateError(
+                f"VM {self.vmid}: there is no {path}, so nothing is decided about it: "
+                "does pve-cluster run?"
+            )
+
+    def _config_path(self) -> Path:
+        # A VM that arrives is the other node's until all of it has come.
+        name = f"{self.vmid}.conf"
+        own = self._places.configs / name
+        others = () if own.exists() else self._places.nodes.glob(f"*/qemu-server/{name}")
+        return next(iter(others), own)
+
     def config(self) -> dict[str, str]:
         """Return the VM's configuration; nothing where it cannot be read."""
-        path = self._places.configs / f"{self.vmid}.conf"
+        path = self._config_path()
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = file.read(_MAX_CONFIG_LEN)

@@ -123,7 +123,9 @@ class Proxmox:
         """Return what the command line, the machine's file and *host* say."""
         domain = domain_of(int(name), process.command_line())
         machines.require_own_uuid(domain, self._state, process)
-        return domain, Files(int(name), self._places).policy(host)
+        files = Files(int(name), self._places)
+        files.require_config()
+        return domain, files.policy(host)
 
     def demand(self, name: str, _xml: bytes) -> Mode:
         """Return what the machine's file says, were it right."""

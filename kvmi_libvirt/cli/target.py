@@ -72,9 +72,11 @@ class Target:
         Raises
             UsageError       a process was named without its domain XML
             PolicyError      its policy is wrong, or not to be trusted
+            StateError       the files of Proxmox VE are not there
             TargetAmbiguous  another machine of Proxmox VE is on record by its UUID
         """
         if self.files is not None:
+            self.files.require_config()
             return self.domain(), self.files.policy()
         return decide(self._domain_xml(), self.host_policy(), source=self.source)
 

@@ -12,7 +12,7 @@ import pytest
 from stand_in import UUID, running_tool, stand_in
 
 from kvmi_libvirt import libvirtio
-from kvmi_libvirt.cli import hook, live, main, rights, target
+from kvmi_libvirt.cli import hook, live, main, target
 from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE
 from kvmi_libvirt.state import StateDir
@@ -73,7 +73,7 @@ class Operator:
         self.on(host(directory))
 
     def on(self, some: HostPolicy) -> None:
-        for module in (hook, live, rights):
+        for module in (target, live):
             self._monkeypatch.setattr(module, "load_host_policy", lambda: some)
 
     def writes(self, text: str) -> None:

@@ -691,7 +691,16 @@ def test_the_agent_calls_a_tool_that_comes_back(agent: RunningAgent, machine: Ma
             lambda: rights(machine) == {"KVMI_VM_GET_INFO", "KVMI_VM_WRITE_PHYSICAL"},
             what="the new policy is in force",
         )
-        (CLUSTER / f"{VMID}.xml").unlink()
+        # pmxcfs is away for a moment: that is no policy that has ended.
+        files = [CLUSTER / f"{VMID}.xml", CONFIGS / f"{VMID}.conf"]
+        texts = [file.read_text() for file in files]
+        for file in files:
+            file.unlink()
+        agent.reload()
+        agent.wait(lambda: "does pve-cluster run" in agent.log.read_text(), what="it is told")
+        assert rights(machine) == {"KVMI_VM_GET_INFO", "KVMI_VM_WRITE_PHYSICAL"}
+        assert "does pve-cluster run" in cli("apply", str(VMID)).stderr
+        files[1].write_text(texts[1])
         agent.reload()
         wait_state(agent, "unhooked")
 
