@@ -588,10 +588,11 @@ def test_without_the_package_others_start(
     comment = f"<!--{machine.element()}-->"
     cluster_file(f"{VMID}.xml", comment + machine.element("optional").replace("'", quote))
 
-    before = run(broken_script, "pre-start")
+    before, after = (run(broken_script, phase) for phase in ("pre-start", "post-start"))
 
-    assert before.returncode == 0
-    assert "no policy requires introspection" in before.stderr
+    assert before.returncode == after.returncode == 0
+    assert before.stderr.endswith("no policy requires introspection\n")
+    assert after.stderr.endswith(f"; if it is frozen: qm resume {VMID}\n")
 
 
 # -- by hand -----------------------------------------------------------------------------
