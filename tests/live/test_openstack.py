@@ -201,7 +201,7 @@ V7_LACKS = "<commands><allow name='VM_CONTROL_CLEANUP'/></commands>"
         ("there is no such secret; m", ("<commands>", "<secret name='x'/><commands>"), None),
         ("KVMI_VM_READ_PHYSICAL is a", ("<assign", f"{CEILING}<assign"), None),
         ('path="/tmp/x.sock" is not ', ("/run/kvmi/.*sock", "/tmp/x.sock"), None),
-        ("VM_GET_INFOS is not a comm", ("VM_GET_INFO", "VM_GET_INFOS"), None),
+        ('unknown command "VM_GET_INF', ("VM_GET_INFO", "VM_GET_INFOS"), None),
     ],
 )
 def test_the_reason_is_within_what_a_fault_message_shows(
