@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import socket
@@ -10,11 +11,12 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from tracee_harness import Victim, running
+from tracee_harness import NR_GETPID, Victim, running
 
 from kvmi_libvirt import worker
 from kvmi_libvirt.errors import RemoteSyscallError, SessionError
 from kvmi_libvirt.newtypes import Pid, RemoteFd
+from kvmi_libvirt.qemu import tracee as tracee_module
 from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.qemu.rehearsal import NO_VM, rehearse
 from kvmi_libvirt.qemu.remote import MESSAGE_LEN, RECEIVED_FD_OFFSET, Remote, socket_link
@@ -134,6 +136,24 @@ def test_a_rehearsal_makes_the_same_calls_in_this_process(sock: socket.socket) -
 
     ((received, block),) = blocks
     assert block == received.to_bytes(4, "little") + AFTER
+
+
+def test_a_rehearsal_is_no_visit_and_leaves_this_process_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reached: list[str] = []
+    calls: list[int] = []
+    monkeypatch.setattr(tracee_module, "_trace", reached.append)
+    before = os.sched_getscheduler(0), os.sched_getaffinity(0), gc.isenabled()
+
+    def work(remote: Remote) -> None:
+        calls.append(remote.call("getpid", NR_GETPID))
+
+    rehearse(work)
+
+    assert calls == [os.getpid()]
+    assert reached == []
+    assert (os.sched_getscheduler(0), os.sched_getaffinity(0), gc.isenabled()) == before
 
 
 def test_a_rehearsal_that_fails_is_not_a_failure(sock: socket.socket) -> None:
