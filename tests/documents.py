@@ -49,7 +49,7 @@ class Fence(NamedTuple):
 def pages() -> list[Path]:
     """Return the pages that are held to their words here."""
     found = sorted(DOCS.glob("*.md"))
-    return found + [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")]
+    return found + [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
 
 
 def fences(text: str) -> Iterator[Fence]:
