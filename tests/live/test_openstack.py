@@ -196,9 +196,9 @@ V7_LACKS = "<commands><allow name='VM_CONTROL_CLEANUP'/></commands>"
 @pytest.mark.parametrize(
     ("why", "change", "tool"),
     [
-        ("the tool did not answer wi", ("", ""), host.Tool.SILENT),
-        ("the tool closed the connec", ("", ""), host.Tool.CLOSES),
-        ("there is no such secret; m", ("<commands>", "<secret name='x'/><commands>"), None),
+        ("the tool did not answer ", ("", ""), host.Tool.SILENT),
+        ("the tool closed the ", ("", ""), host.Tool.CLOSES),
+        ("there is no such secret; ", ("<commands>", "<secret name='x'/><commands>"), None),
         ("KVMI_VM_READ_PHYSICAL is a", ("<assign", f"{CEILING}<assign"), None),
         ('path="/tmp/x.sock" is not ', ("/run/kvmi/.*sock", "/tmp/x.sock"), None),
         ('unknown command "VM_GET_INF', ("VM_GET_INFO", "VM_GET_INFOS"), None),

@@ -44,7 +44,7 @@ def demanded(data: bytes, xml: bytes = GUARDED) -> bool:
         ("</commands>", ""),
         ("</assign>", ""),
         ("<host-policy xmlns", "<host-policy x="),
-        ("required", "requierd"),
+        ("required", "requird"),
         ("<assign", "<k:assign"),
     ],
 )
