@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support import wait_for_supervisor, wait_until
 
+from kvmi_libvirt import linux
 from kvmi_libvirt.abi.kvmi import KVM_CHECK_EXTENSION, Ioctl, KvmiAbi
+from kvmi_libvirt.newtypes import LocalFd, RemoteFd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,6 +32,8 @@ TIMEOUT_S = 20.0
 
 GET_VERSION = struct.pack("<HHI", 2, 0, 1)
 GET_INFO = struct.pack("<HHI", 8, 0, 1)
+
+EMULATOR_ENDED = "the KVMI emulator of this VM has ended: restart the VM"
 
 
 def feature(allow: int, feature_id: int) -> str:
@@ -63,6 +67,33 @@ def wait_for_end(pidfd: int, *, what: str) -> None:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     assert poll.poll(TIMEOUT_S * 1000), f"still there: {what}"
+
+
+def end_supervisor(supervisor: int) -> None:
+    """Kill a supervisor and wait until it is gone."""
+    pidfd = os.pidfd_open(supervisor)
+    try:
+        os.kill(supervisor, signal.SIGKILL)
+        wait_for_end(pidfd, what="the supervisor")
+    finally:
+        os.close(pidfd)
+
+
+@contextmanager
+def channels_kept_open(supervisor: int) -> Iterator[None]:
+    """Keep the tools' sockets open for the block, so that no channel closes meanwhile."""
+    directory = f"/proc/{supervisor}/fd"
+    pidfd = LocalFd(os.pidfd_open(supervisor))
+    copies = [
+        linux.pidfd_getfd(pidfd, RemoteFd(int(fd)))
+        for fd in os.listdir(directory)
+        if os.readlink(f"{directory}/{fd}").startswith("socket:")
+    ]
+    try:
+        yield
+    finally:
+        for fd in (pidfd, *copies):
+            os.close(fd)
 
 
 def tool_pair() -> tuple[socket.socket, socket.socket]:
