@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -11,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +103,16 @@ def tool_pair() -> tuple[socket.socket, socket.socket]:
     tool, kernel_end = socket.socketpair()
     tool.settimeout(TIMEOUT_S)
     return tool, kernel_end
+
+
+def wait_until_read(tool: socket.socket) -> None:
+    """Wait until the other end has read all that was sent, so that what follows comes apart."""
+
+    def is_read() -> bool:
+        unread = fcntl.ioctl(tool, termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(unread, "little") == 0
+
+    wait_until(is_read, what="what was sent is read")
 
 
 def received(tool: socket.socket, length: int) -> bytes:
