@@ -200,8 +200,10 @@ class Calls:
             self._registry.creating(process)
         elif call.request == KVM_CREATE_VCPU and kind is FdKind.VM:
             vm = self._registry.find(process, call.tid, call.fd)
+            same_mm = vm.is_owned_by(call.tid)
             still(call)
-            vm.vcpu_ids.add(call.argument)
+            if same_mm:
+                vm.vcpu_ids.add(call.argument)
         elif call.request in _SET_REGION and kind is FdKind.VM:
             vm = self._registry.find(process, call.tid, call.fd)
             same_mm = vm.is_owned_by(call.tid)
@@ -278,7 +280,9 @@ class Calls:
         outcome = self._kernel.carry_out(vm.state, made.ioctl, made.argument)
         if isinstance(outcome, TakeSocket):
             channel = self._take_socket(made, RemoteFd(outcome.fd))
-            answer = self._kernel.complete_hook(vm.state, outcome, is_socket=channel is not None)
+            answer = self._kernel.complete_hook(
+                vm.state, outcome, is_socket=channel is not None, vcpu_count=vm.vcpu_count()
+            )
             vm.channel = channel
             self._watch(vm)
             return answer

@@ -106,7 +106,9 @@ class PureMachine:
         outcome = self.kernel.handle(self.vm, ioctl, argument, same_mm=True)
         if isinstance(outcome, TakeSocket):
             self.decoder, self.received = Decoder(), b""
-            outcome = self.kernel.complete_hook(self.vm, outcome, is_socket=is_socket)
+            outcome = self.kernel.complete_hook(
+                self.vm, outcome, is_socket=is_socket, vcpu_count=self.vcpus
+            )
         if isinstance(outcome, SendUnhookEvent):
             # Not connected is what the supervisor finds on the socket.
             sent = self.vm.connected
