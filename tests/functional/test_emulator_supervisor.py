@@ -80,6 +80,10 @@ class Laboratory:
     def _ask(self, op: str, *, fds: Sequence[int] = (), **arguments: Any) -> None:
         socket.send_fds(self._control, [json.dumps({"op": op, **arguments}).encode()], list(fds))
 
+    def answer(self) -> Any:
+        """Return the victim's answer to what it was asked, its notifications being served."""
+        return json.loads(self._control.recv(1 << 17))["result"]
+
     def do(self, op: str, *, fds: Sequence[int] = (), **arguments: Any) -> Any:
         """Let the victim do *op*, serving its notifications until it answers."""
         self._ask(op, fds=fds, **arguments)

@@ -261,11 +261,5 @@ def processes_with(text: str) -> set[int]:
 
 
 def supervisors() -> set[int]:
-    """Return the processes that hold a seccomp listener: the emulator's supervisors."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            links = [os.readlink(fd) for fd in (entry / "fd").iterdir()]
-            if any("seccomp notify" in link for link in links):
-                found.add(int(entry.name))
-    return found
+    """Return the emulator's supervisors, those that have not become Python yet as well."""
+    return processes_with("kvmi-emulator for process ")

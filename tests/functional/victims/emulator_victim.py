@@ -30,6 +30,10 @@ KVM_CREATE_VM = 0xAE01
 KVM_CREATE_VCPU = 0xAE41
 KVM_RUN = 0xAE80
 KVM_SET_USER_MEMORY_REGION = 0x4020AE46
+# <linux/userfaultfd.h>
+SYS_USERFAULTFD = 323
+UFFD_API, UFFDIO_API, UFFDIO_REGISTER = 0xAA, 0xC018AA3F, 0xC020AA00
+UFFDIO_REGISTER_MODE_MISSING = 1
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
@@ -149,6 +153,16 @@ class Victim:
         self, fd: int, request: int, argument: str, inside: int
     ) -> int | str:
         return ioctl_at_end_of_memory(fd, request, argument, inside)
+
+    def ioctl_at_missing_page(self, fd: int, request: int) -> int | str:
+        """Pass a structure in a page that a user fault handler would have to bring, and is not."""
+        page = mmap.mmap(-1, mmap.PAGESIZE)
+        address = ctypes.addressof((ctypes.c_char * 0).from_buffer(page))
+        handler = libc.syscall(SYS_USERFAULTFD, os.O_CLOEXEC)
+        fcntl.ioctl(handler, UFFDIO_API, struct.pack("=QQQ", UFFD_API, 0, 0))
+        region = struct.pack("=QQQQ", address, mmap.PAGESIZE, UFFDIO_REGISTER_MODE_MISSING, 0)
+        fcntl.ioctl(handler, UFFDIO_REGISTER, region)
+        return ioctl(fd, request, address)
 
     def in_thread(self, call: dict[str, Any]) -> Any:
         return in_thread(lambda: self.do(call))
