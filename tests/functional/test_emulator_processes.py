@@ -20,6 +20,7 @@ from emulator_harness import (
     feature,
     hook_argument,
     received,
+    tool_pair,
     trace_lines,
     wait_for_end,
 )
@@ -74,6 +75,30 @@ def test_thread_when_it_calls_then_the_vm_is_its_own(victim: Emulated) -> None:
 
     assert victim.do("in_thread", call=victim.call(Ioctl.COMMAND, vm, feature(1, 8))) == [0]
     tool.close()
+
+
+def test_thread_when_it_has_a_file_table_of_its_own_then_its_descriptors_count(
+    victim: Emulated,
+) -> None:
+    vm = victim.make_vm()
+    tool, kernel_end = tool_pair()
+    with tool, kernel_end:
+        fd = victim.give(kernel_end)
+        # There the VM and the socket have numbers that are others, or nothing, in the main thread.
+        moved = {"vm": 300, "socket": 301}
+        calls = [
+            victim.call(Ioctl.HOOK, moved["vm"], hook_argument(moved["socket"])),
+            victim.call(Ioctl.COMMAND, moved["vm"], feature(1, 8)),
+            victim.call(Ioctl.COMMAND, vm, feature(1, 8)),
+        ]
+        answers = victim.do("in_unshared_thread", vm=vm, sock=fd, moved=moved, calls=calls)
+        if answers == "EINVAL":
+            pytest.skip("this kernel has no pidfd of a thread")
+
+        assert flat(answers) == [0, 0, "EBADF"]
+        assert command(victim, vm) == COMMAND_ON_HOOKED
+        assert command(victim, moved["vm"]) == "EBADF"
+        assert asked(tool, GET_VERSION)[8:16] == bytes(8)
 
 
 @pytest.mark.parametrize("is_hooked", [True, False], ids=["hooked", "never touched"])

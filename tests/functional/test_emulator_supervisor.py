@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from emulator_harness import (
 )
 from support import wait_until
 
+from kvmi_libvirt import linux
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.seccomp import SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 from kvmi_libvirt.abi.v12 import V12
@@ -41,10 +43,12 @@ from kvmi_libvirt.emulator.process import read_argument
 from kvmi_libvirt.emulator.registry import Registry
 from kvmi_libvirt.emulator.supervisor import Supervisor
 from kvmi_libvirt.emulator.trace import Trace
-from kvmi_libvirt.newtypes import LocalFd
+from kvmi_libvirt.newtypes import LocalFd, Pid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from kvmi_libvirt.newtypes import RemoteAddr, Tid
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp]
 
@@ -240,6 +244,34 @@ def test_create_vm_when_the_handler_fails_then_the_kernel_makes_the_vm_all_the_s
     assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == "EIO"
 
 
+def test_argument_when_another_thread_changes_it_then_what_was_read_first_counts(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = laboratory.make_vm()
+    tool, kernel_end = tool_pair()
+    reads = []
+
+    def reading(tid: Tid, address: RemoteAddr, length: int) -> bytes | None:
+        argument = read_argument(tid, address, length)
+        reads.append(argument)
+        linux.process_vm_writev(Pid(tid), address, bytes.fromhex(feature(1, -1)))
+        return argument
+
+    with tool, kernel_end:
+        assert laboratory.ioctl(vm, HOOK, hook_argument(laboratory.give(kernel_end))) == 0
+        monkeypatch.setattr(calls_module, "read_argument", reading)
+        assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == 0
+
+        asking = [struct.pack("<HHIHHI", 4, 8, i, i, 0, 0) for i in (8, 12)]
+        tool.sendall(b"".join(asking))
+        laboratory.supervisor.serve_once()
+        replies = received(tool, 32)
+    assert reads == [bytes.fromhex(feature(1, 8))]
+    assert [error for *_, error, _ in struct.iter_unpack("<HHIiI", replies)] == [0, -1]
+    laboratory.errors()  # writes the trace
+    assert trace_lines(laboratory.trace_path)[-1]["args"] == {"allow": 1, "id": 8}
+
+
 def test_caller_when_killed_after_its_memory_was_read_then_nothing_is_decided_or_answered(
     laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,3 +291,35 @@ def test_caller_when_killed_after_its_memory_was_read_then_nothing_is_decided_or
 
     assert decided == []
     assert laboratory.errors() == []
+
+
+def test_vms_and_threads_when_they_come_and_go_then_they_are_forgotten(
+    laboratory: Laboratory,
+) -> None:
+    held = laboratory.make_vm()
+    tool, kernel_end = tool_pair()
+    with tool, kernel_end:
+        assert laboratory.ioctl(held, HOOK, hook_argument(laboratory.give(kernel_end))) == 0
+        registry = laboratory.supervisor._registry
+        for _ in range(200):
+            vm = laboratory.make_vm()
+            assert laboratory.do("create_vcpu", vm=vm, index=0) >= 0  # by which it is known
+            request = {"fd": vm, "request": COMMAND, "arguments": [feature(1, 8)]}
+            call = {"op": "ioctls", **request}
+            assert laboratory.do("in_thread", call=call) == ["EFAULT"]
+            laboratory.do("close_all", keep=[held])
+
+        assert len(registry._vms) < 100
+        assert len(registry._threads) < 100
+        assert laboratory.ioctl(held, COMMAND, feature(1, 8)) == 0
+
+
+def test_trace_when_calls_come_without_a_pause_then_its_lines_are_written_all_the_same(
+    laboratory: Laboratory,
+) -> None:
+    vm = laboratory.make_vm()
+    arguments = [feature(1, 8)] * 2500
+    answers = laboratory.do("ioctls", fd=vm, request=COMMAND, arguments=arguments)
+    assert answers == ["EFAULT"] * 2500
+
+    assert len(trace_lines(laboratory.trace_path)) >= 1000

@@ -34,6 +34,7 @@ KVM_SET_USER_MEMORY_REGION = 0x4020AE46
 SYS_USERFAULTFD = 323
 UFFD_API, UFFDIO_API, UFFDIO_REGISTER = 0xAA, 0xC018AA3F, 0xC020AA00
 UFFDIO_REGISTER_MODE_MISSING = 1
+CLONE_FILES = 0x400
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
@@ -134,6 +135,16 @@ class Victim:
     def close(self, fd: int) -> None:
         os.close(fd)
 
+    def close_all(self, keep: list[int]) -> None:
+        """Close every KVM descriptor but those to be kept."""
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                is_kvm = "kvm" in os.readlink(f"/proc/self/fd/{name}")
+            except FileNotFoundError:  # the listing's own
+                continue
+            if is_kvm and int(name) not in keep:
+                os.close(int(name))
+
     def socketpair(self) -> list[int]:
         return [sock.detach() for sock in socket.socketpair()]
 
@@ -166,6 +177,24 @@ class Victim:
 
     def in_thread(self, call: dict[str, Any]) -> Any:
         return in_thread(lambda: self.do(call))
+
+    def in_unshared_thread(
+        self, vm: int, sock: int, moved: dict[str, int], calls: list[dict[str, Any]]
+    ) -> Any:
+        """Make calls in a thread whose file table has the two under other numbers only."""
+
+        def work() -> Any:
+            try:
+                os.close(os.pidfd_open(threading.get_native_id(), os.O_EXCL))  # PIDFD_THREAD
+            except OSError as error:  # before Linux 6.9
+                return errno.errorcode[error.errno or 0]
+            assert libc.unshare(CLONE_FILES) == 0
+            for name, fd in (("vm", vm), ("socket", sock)):
+                os.dup2(fd, moved[name])
+                os.close(fd)
+            return [self.do(call) for call in calls]
+
+        return in_thread(work)
 
     def in_fork(self, calls: list[dict[str, Any]]) -> Any:
         return in_fork(lambda: [self.do(call) for call in calls])
