@@ -83,6 +83,7 @@ def probe(process: Process, vm_fd: RemoteFd, *, deadline: float) -> Report:
     Raises
         UnsupportedByKernel  no KVMI, or KVMI switched off; nothing was changed
         EmulatorGone         an emulated kernel whose supervisor has ended
+        RemoteCallTimeout    no answer: the kernel holds the VM's lock for another call
         TargetBusy           never found parked; nothing was touched
     """
     with attach_parked(process, deadline=deadline) as tracee:
@@ -106,6 +107,8 @@ _ERRORS: Final = {
 def _probe_one(remote: Remote, vm_fd: RemoteFd, request: int, feature: RemoteAddr) -> int:
     try:
         remote.ioctl("probe", vm_fd, request, feature)
+    except RemoteCallTimeout:  # no answer is not one of them
+        raise
     except RemoteSyscallError as error:
         return error.errno or 0
     return 0
@@ -114,6 +117,8 @@ def _probe_one(remote: Remote, vm_fd: RemoteFd, request: int, feature: RemoteAdd
 def _extension(remote: Remote, vm_fd: RemoteFd, capability: int) -> int:
     try:
         return remote.ioctl("KVM_CHECK_EXTENSION", vm_fd, KVM_CHECK_EXTENSION, capability)
+    except RemoteCallTimeout:
+        raise
     except RemoteSyscallError:
         return 0
 

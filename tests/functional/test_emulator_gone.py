@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import pytest
 from agent_harness import INFO, READ, programs
 from agent_rig import Wanted, domain_xml, write_policy
 from emulator_harness import EMULATOR_ENDED as ENDED
-from emulator_harness import end_supervisor
+from emulator_harness import end_supervisor, stop_process
 from fleet import Fleet, StandIn
 from patient_tool import PatientTool
 from support import wait_until
@@ -54,12 +55,17 @@ class Site:
         self.fleet = fleet
         self.tool = tool
         self.state = StateDir(directory / "state")
-        (self.supervisor,) = fleet.supervisors()
         self.policy = Policy(
             mode=Mode.REQUIRED,
             source=UnixSource(path=str(directory / "tool.sock")),
             commands=Rights(allowed=frozenset({INFO, READ})),
         )
+
+    @cached_property
+    def supervisor(self) -> int:
+        """Who serves the VMs; there are some."""
+        (found,) = self.fleet.supervisors()
+        return found
 
     def opened(self, vm: StandIn) -> Process:
         return open_domain(vm.name, vm.uuid, run_dir=self.fleet.run_dir)
@@ -115,7 +121,8 @@ def test_hook_when_the_emulator_ends_half_way_then_nothing_is_told_as_left_or_in
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (vm,) = site.fleet.start(["vm"])
-    after(monkeypatch, Ioctl.HOOK, lambda: os.kill(site.supervisor, signal.SIGKILL))
+    supervisor = site.supervisor
+    after(monkeypatch, Ioctl.HOOK, lambda: os.kill(supervisor, signal.SIGKILL))
     with pytest.raises(SessionError) as raised:
         site.hook(vm)
 
@@ -133,9 +140,10 @@ def test_undo_of_a_hook_when_the_emulator_has_ended_then_the_first_error_is_told
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (vm,) = site.fleet.start(["vm"])
+    supervisor = site.supervisor
 
     def fail() -> None:
-        os.kill(site.supervisor, signal.SIGKILL)
+        os.kill(supervisor, signal.SIGKILL)
         raise RuntimeError("made to fail")
 
     after(monkeypatch, Ioctl.HOOK, fail)
@@ -189,3 +197,25 @@ def test_agent_when_the_emulator_has_ended_then_it_says_so_and_tries_seldom(
     assert site.state.load(vm.uuid) is None
     with site.opened(vm) as process:
         assert process.is_alive()
+
+
+# -- it is there, and does nothing ---------------------------------------------------------
+
+
+def test_supervisor_when_it_does_not_answer_then_the_call_is_abandoned_and_the_vm_is_as_before(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(introspect.probing, "SESSION_S", 1.0)
+    (vm,) = site.fleet.start(["vm"])
+    stop_process(site.supervisor)
+    try:
+        with pytest.raises(SessionError) as raised:
+            site.hook(vm)
+    finally:
+        os.kill(site.supervisor, signal.SIGCONT)
+
+    assert (raised.value.kind, raised.value.is_unfinished) == ("RemoteCallTimeout", False)
+    assert site.sockets(vm) == []
+    assert site.tool.connected() == []
+    # Nothing was half done: now it works.
+    assert site.hook(vm).state == st.HOOKED
