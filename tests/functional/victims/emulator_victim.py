@@ -9,12 +9,14 @@ Judges itself: results are what its own system calls returned.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import json
 import mmap
 import os
+import random
 import signal
 import socket
 import struct
@@ -93,6 +95,9 @@ class Victim:
     def __init__(self) -> None:
         self._pages: list[mmap.mmap] = []
         self._running = False
+        self._toys: list[int] = []
+        self._systems: list[int] = []
+        self._channels: list[int] = []
 
     def open_kvm(self) -> int:
         return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
@@ -119,6 +124,10 @@ class Victim:
         region = struct.pack("=IIQQQ", slot, flags, gpa, length, address)
         fcntl.ioctl(vm, KVM_SET_USER_MEMORY_REGION, region)
         return 0
+
+    def guest_memory(self, index: int) -> str:
+        """Return the contents of the memory that was added as the *index*th."""
+        return bytes(self._pages[index]).hex()
 
     def memory(self, address: int, length: int) -> str:
         return ctypes.string_at(address, length).hex()
@@ -243,6 +252,79 @@ class Victim:
 
     def wait_child(self, pid: int) -> int:
         return os.waitpid(pid, 0)[1]
+
+    def chaos(self, seed: int, rounds: int, held: int) -> list[str]:
+        """Do anything in four threads and in children, but nothing that works to *held*.
+
+        Returns the different results of the introspection ioctls.
+        """
+        answers: set[str] = set()
+        self._channels = self.socketpair()
+
+        def work(number: int) -> None:
+            choose = random.Random(seed * 100 + number)
+            for _ in range(rounds):
+                answers.update(self._do_something(choose, held))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sorted(answers)
+
+    def _do_something(self, choose: random.Random, held: int) -> list[str]:
+        requests = {"HOOK": 0x4018AEC8, "UNHOOK": 0xAEC9, "PREUNHOOK": 0xAECC}
+        features = {"COMMAND": 0x4008AECA, "EVENT": 0x4008AECB}
+        what = choose.randrange(10)
+        fd = choose.choice([-1, choose.randrange(40), choose.randrange(40), 2**31 - 1])
+        if what == 0:
+            with contextlib.suppress(OSError):
+                vm = self.create_vm(self._kvm(choose))
+                self._toys.append(vm)
+            return []
+        if what == 1 and self._toys:
+            toy = self._toys.pop()
+            with contextlib.suppress(OSError):
+                os.close(toy)
+            return []
+        if what == 2 and self._toys:
+            with contextlib.suppress(OSError):
+                self.create_vcpu(choose.choice(self._toys), choose.randrange(300))
+            return []
+        if what == 3:
+            request = choose.choice([*requests.values(), *features.values()])
+            return [str(in_fork(lambda: ioctl(held, request, 0)))]
+        if what == 4:  # a name without a process any more, soon
+            child = os.fork()
+            if child == 0:
+                ioctl(held, features["COMMAND"], 0)
+                os._exit(0)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return []
+        if self._toys and what > 5:
+            with contextlib.suppress(IndexError):
+                fd = choose.choice(self._toys)
+        if fd == held:
+            return []
+        high = choose.choice([0, 0, 1 << 32, 0xFFFFFFFF << 32])
+        if choose.random() < 0.5:
+            argument = struct.pack("=Ii", choose.randrange(4), choose.randrange(-3, 40))
+            buffer = ctypes.create_string_buffer(argument, 8)
+            request = choose.choice([*features.values()])
+        else:
+            channel = choose.choice([-2, -1, 10_000, held, *self._channels])
+            argument = struct.pack("=iI16x", channel, choose.randrange(2))
+            buffer = ctypes.create_string_buffer(argument, 24)
+            request = choose.choice([*requests.values()])
+        address = choose.choice([ctypes.addressof(buffer)] * 4 + [0, 1, 2**63, 2**47 - 4])
+        return [str(ioctl(fd, request | high, address))]
+
+    def _kvm(self, choose: random.Random) -> int:
+        if not self._systems:
+            self._systems.append(self.open_kvm())
+        return self._systems[0]
 
     def run(self, vcpu: int) -> list[int | str]:
         """Let the vCPU run once; return KVM_RUN's result and the exit reason."""
