@@ -19,17 +19,19 @@ import pytest
 from emulator_harness import (
     TIMEOUT_S,
     Emulated,
+    copied_wrapper,
     end_supervisor,
     feature,
+    fill,
     hook_argument,
     received,
+    run_as_qemu,
+    subscribed,
     wait_for_end,
     wait_until_notified,
 )
+from emulator_laboratory import Laboratory
 from support import wait_until
-from test_emulator_first_stage import copied_wrapper
-from test_emulator_preunhook import fill, subscribed
-from test_emulator_supervisor import Laboratory
 
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.seccomp import SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
@@ -254,17 +256,7 @@ def test_supervisor_when_it_hangs_then_it_ends_itself_and_qemu_goes_on(
 def test_wrapper_when_python_cannot_serve_then_qemu_sets_its_vm_up_all_the_same(
     tmp_path: Path, python: str
 ) -> None:
-    program = tmp_path / "qemu"
-    program.write_text(f"#!{sys.executable} -IS\n{SET_UP}\n")
-    program.chmod(0o755)
-    result = subprocess.run(
-        [str(copied_wrapper(tmp_path, python=python))],
-        env={**os.environ, "KVMI_QEMU": str(program)},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    result = run_as_qemu(tmp_path, SET_UP, python=python)
 
     assert result.returncode == 0
     assert result.stdout == str(["done", "ENOSYS", "done"] * 3).replace("'", '"') + "\n"
