@@ -79,23 +79,24 @@ def stand_by(listener: LocalFd, open_calls: OpenCalls, *, title: str) -> None:
 
     Parameters
         listener  borrowed; the child has it, too
-        title     what the child is called
+        title     what the child is called, and this process until it calls itself otherwise:
+                  neither must be taken for whom it was copied from
     Raises
         OSError  there can be no such process
     """
+    linux.set_process_title(title)
     us = os.pidfd_open(os.getpid())
     try:
         if os.fork() == 0:
             try:
-                _serve_after(us, listener, open_calls, title)
+                _serve_after(us, listener, open_calls)
             finally:
                 os._exit(0)
     finally:
         os.close(us)
 
 
-def _serve_after(supervisor: int, listener: LocalFd, open_calls: OpenCalls, title: str) -> None:
-    linux.set_process_title(title)
+def _serve_after(supervisor: int, listener: LocalFd, open_calls: OpenCalls) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
