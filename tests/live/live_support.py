@@ -258,8 +258,3 @@ def processes_with(text: str) -> set[int]:
             if text.encode() in (entry / "cmdline").read_bytes():
                 found.add(int(entry.name))
     return found
-
-
-def supervisors() -> set[int]:
-    """Return the emulator's supervisors, those that have not become Python yet as well."""
-    return processes_with("kvmi-emulator for process ")

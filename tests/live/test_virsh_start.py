@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import host
 import pytest
-from live_support import allowed, cli, element, probe, processes_with, supervisors
-from support import wait_until
+from live_support import allowed, cli, element, probe, processes_with
+from support import wait_for_supervisor, wait_until
 
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED, by_name
@@ -95,18 +95,17 @@ def test_destroy_leaves_nothing_behind(vm: Vm) -> None:
     vm.define(hooked(vm))
     with probe(vm.socket) as tool:
         daemon_fds = open_fd_count()
-        before = supervisors()
         vm.must_start()
         tool.result()
         pid = vm.pid()
         assert state_files(vm)
         assert processes_with(vm.uuid) == {pid}
-        assert len(supervisors() - before) == 1
+        wait_for_supervisor(pid)
 
         assert vm.virsh("destroy", vm.name).returncode == 0
 
-        # The supervisor ends by itself when its QEMU has gone.
-        wait_until(lambda: not supervisors() - before, what="the supervisor ended")
+        # The supervisor, and who stands by, end by themselves when their QEMU has gone.
+        wait_until(lambda: not processes_with(f"for process {pid}\0"), what="they have ended")
         assert not Path(f"/proc/{pid}").exists()
         assert not state_files(vm)
         wait_until(lambda: open_fd_count() <= daemon_fds, what="libvirtd closed its fds")
