@@ -85,9 +85,8 @@ def read_names(names: list[str]) -> Named:
             events |= group.events
             grouped |= group.commands | group.events
         elif command is not None and command in COMMANDS.always_allowed:
-            raise PolicyValueError(
-                f"{command} is always allowed; it can be neither granted nor denied"
-            )
+            text = f"{command} is always allowed; it can be neither granted nor denied"
+            raise PolicyValueError(text).then("kvmi-libvirt names")
         elif command is not None:
             commands.add(command)
         elif event is not None:

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> ExitCode:
     data = read_file(args.file)
     policy = parse_document(data, source=source)
     if policy is None:
-        raise PolicySchemaError("no introspection element in it", source=source)
+        error = PolicySchemaError("no introspection element in it", source=source)
+        raise error.then("man kvmi-libvirt-policy")
     if libvirtio.is_local(args.connect):
         permit(policy, load_host_policy(), source=source)
     root = parse(data, source=source)

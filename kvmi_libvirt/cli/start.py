@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> ExitCode:
     if state is None:
         print(
             f"kvmi-libvirt: {domain.name} has no introspection: no element in its XML, and no "
-            "assignment of the host fits",
+            f"assignment of the host fits; next: kvmi-libvirt set {shlex.quote(domain.name)} FILE",
             file=sys.stderr,
         )
     elif args.json:
@@ -90,7 +91,11 @@ def _judge(running: PausedDomain, error: Exception) -> ExitCode:
             raise error
         raise TargetError(f"{running.name} was not started: {error}", pid=0) from error
     running.resume()
-    print(f"kvmi-libvirt: {running.name} runs without introspection: {error}", file=sys.stderr)
+    print(
+        f"kvmi-libvirt: {running.name} runs without introspection: {error}; "
+        f"next: kvmi-libvirt doctor {shlex.quote(running.name)}",
+        file=sys.stderr,
+    )
     return ExitCode(code)
 
 

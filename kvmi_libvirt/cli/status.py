@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def _show(args: argparse.Namespace, states: list[VmState]) -> None:
             raise TargetNotFound(
                 f"nothing is known of a running domain '{args.domain}': "
                 "it does not run, or never had introspection"
-            )
+            ).then(f"kvmi-libvirt doctor {shlex.quote(args.domain)}")
     if args.json:
         print_json([public_fields(state) for state in states])
         return

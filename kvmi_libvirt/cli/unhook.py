@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> ExitCode:
             if unhook_unrecorded(target.process, target.uuid, state=state):
                 print(f"{target.name}: unhooked what an interrupted session had left")
                 return ExitCode.OK
-            raise TargetNotFound(f"domain '{target.name}' is not hooked by kvmi-libvirt")
+            error = TargetNotFound(f"domain '{target.name}' is not hooked by kvmi-libvirt")
+            raise error.then("kvmi-libvirt status")
         leave = unhook_vm if args.now or recorded.state != HOOKED else take_leave
         record = leave(target.process, recorded, state=state)
     if args.json:
