@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.metadata import add_metadata_arguments, element_of
 from kvmi_libvirt.cli.output import print_json
 from kvmi_libvirt.errors import ExitCode, TargetNotFound
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Print the element as a file that ``set`` takes; exit code 1 without one."""
-    found = libvirtio.domain_xml(args.domain, uri=args.connect, of_config=args.config)
+    with progress.shown(f"asking libvirt at {args.connect}"):
+        found = libvirtio.domain_xml(args.domain, uri=args.connect, of_config=args.config)
     if args.live and not found.is_active:
         error = TargetNotFound(f"domain '{found.name}' does not run")
         raise error.then(f"virsh start {shlex.quote(found.name)}")

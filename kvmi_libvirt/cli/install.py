@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import bounded, daemons, libvirtio
-from kvmi_libvirt.cli import hookscript
+from kvmi_libvirt.cli import hookscript, progress
 from kvmi_libvirt.cli.hookscript import add_proxmox_argument
 from kvmi_libvirt.errors import ExitCode, KvmiLibvirtError, UsageError
 from kvmi_libvirt.installation import AGENT_UNIT, Change, Installer, items
@@ -167,7 +167,8 @@ def _is_wanted(unaware: list[Daemon]) -> bool:
 def _reload(unaware: list[Daemon]) -> ExitCode:
     # A daemon that has not finished starting ignores a reload: it is waited for.
     try:
-        bounded.call(libvirtio.version, timeout_s=_READY_S)
+        with progress.shown("waiting for libvirt to be ready for a reload"):
+            bounded.call(libvirtio.version, timeout_s=_READY_S)
         is_ready = True
     except (bounded.Unanswered, KvmiLibvirtError, OSError):
         is_ready = False

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from kvmi_libvirt import agentclient
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.cli.target import state_dir
 from kvmi_libvirt.errors import ExitCode, StateError, TargetNotFound
@@ -31,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> ExitCode:
     """Print what is recorded, checked against what can be seen now."""
     problems: list[StateError] = []
-    states = seen_states(problems.append)
+    with progress.shown("looking at the VMs"):
+        states = seen_states(problems.append)
     for problem in problems:
         print(f"kvmi-libvirt: {problem}", file=sys.stderr)
     _show(args, states)

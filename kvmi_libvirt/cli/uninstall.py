@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import daemons
-from kvmi_libvirt.cli import hookscript
+from kvmi_libvirt.cli import hookscript, progress
 from kvmi_libvirt.cli.hookscript import add_proxmox_argument
 from kvmi_libvirt.cli.install import add_place_arguments, below, own_command, require_places, tell
 from kvmi_libvirt.cli.status import seen_states
@@ -76,7 +76,8 @@ def _stop_agent(*, dry_run: bool) -> None:
     if dry_run:
         print(f"would stop and disable {AGENT_UNIT}")
         return
-    problem = daemons.disable_service(AGENT_UNIT)
+    with progress.shown("waiting for the agent to end"):
+        problem = daemons.disable_service(AGENT_UNIT)
     if problem is None:
         print(f"stopped and disabled {AGENT_UNIT}; hooked VMs stay hooked")
     else:

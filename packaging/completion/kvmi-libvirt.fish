@@ -178,4 +178,4 @@ complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l dry-run -d 'only
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l root -d 'the root directory, for images and chroots (default: /)' -r -a '(__fish_complete_directories)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l prefix -d 'where man pages and completion go, below the root (default: /usr/local)' -r -a '(__fish_complete_directories)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l proxmox -d 'instead: Proxmox VE'"'"'s hookscript, in a storage'"'"'s snippets directory' -r -a '(__fish_complete_directories)' -f
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l purge -d 'remove the configuration too: policy, profiles and secrets'
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l purge -d 'remove the configuration too, policy, profiles and secrets, and the logs'
