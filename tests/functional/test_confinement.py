@@ -70,6 +70,17 @@ def test_all_abstractions_for_a_vm_go_together(profiles: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_the_hook_needs_is_in_the_profile_of_libvirtd(profiles: Path) -> None:
+    # The README's "What is not here, and why" relies on it.
+    own = {line.strip() for line in preprocessed(profiles, "usr.sbin.libvirtd").splitlines()}
+
+    assert own >= {
+        *("/etc/libvirt/hooks/** rmix,", "/usr/bin/* PUx,", "/** rwmkl,"),
+        'signal (send) set=("kill", "term") peer=unconfined,',
+        "ptrace (read,trace) peer=libvirt-*,",
+    }
+
+
 def rules(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line and not _is_comment(line)]
 
