@@ -38,7 +38,7 @@ def process(tmp_path: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
     program = tmp_path / name
     shutil.copy(Path("/bin/sleep").resolve(), program)
     # Whoever started the tests may have SIGHUP ignored, as nohup(1) does.
-    command = ["env", "--default-signal=HUP", program, "60"]
+    command = ["env", "--default-signal=HUP", str(program), "60"]
     with subprocess.Popen(command) as running:
         comm = Path(f"/proc/{running.pid}/comm")
         wait_until(lambda: comm.read_text(encoding="ascii").strip() == name, what="it runs")
