@@ -95,9 +95,11 @@ def _tell_vms(*, dry_run: bool) -> None:
     hooked = [state for state in seen_states(problems.append) if state.state == HOOKED]
     for problem in problems:
         print(f"kvmi-libvirt: {problem}", file=sys.stderr)
-    stays = "would stay" if dry_run else "stays"
     for state in hooked:
-        print(f"{state.domain} {stays} hooked by {state.source}, as it is")
+        if dry_run:
+            print(f"{state.domain} would stay hooked by {state.source}")
+        else:
+            print(f"{state.domain} stays hooked by {state.source}, as it is")
     if not hooked:
         print("no running VM is hooked")
     agent = look_at_agent().pid
