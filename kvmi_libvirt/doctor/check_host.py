@@ -90,7 +90,7 @@ def _apparmor(security: SecurityFacts, libvirt: LibvirtFacts) -> Iterator[Line]:
         yield found.warn(
             f"libvirt is confined ({confined[0]}), and no rule of ours is in /etc/apparmor.d: a "
             "tool's socket may be refused to QEMU's threads",
-            "see /usr/share/doc/kvmi-libvirt/apparmor.md, or packaging/apparmor in the source",
+            f"{security.apparmor_readme} says what to put where",
         )
     elif security.apparmor_unloaded:
         profile, path = security.apparmor_unloaded[0]
@@ -108,7 +108,7 @@ def _selinux(security: SecurityFacts, libvirt: LibvirtFacts) -> Iterator[Line]:
     if security.selinux is None:
         yield found.passed("SELinux is off")
         return
-    install = "see packaging/selinux, or the package kvmi-libvirt-selinux"
+    install = f"{security.selinux_readme} says how, or install the package kvmi-libvirt-selinux"
     is_there = (
         security.selinux_module if security.selinux_loaded is None else security.selinux_loaded
     )
@@ -145,7 +145,7 @@ def _booleans(
         else:
             yield tracing.fail(
                 "the boolean deny_ptrace is on: no process may be traced",
-                "install our module (packaging/selinux), or: setsebool -P deny_ptrace off",
+                f"install our module ({security.selinux_readme}), or: setsebool -P deny_ptrace off",
             )
     # Only the modular daemon runs hooks in a domain of their own.
     is_modular = any(":virtqemud_t:" in daemon.label for daemon in libvirt.daemons)

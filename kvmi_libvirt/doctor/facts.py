@@ -164,6 +164,7 @@ class SecurityFacts:
         hooks_unconfined  the boolean virt_hooks_unconfined, None where there is none
         deny_ptrace    the boolean of that name
         refusals       the last log lines in which either refused something about us
+        apparmor_readme, selinux_readme  where our rules are explained
     """
 
     is_root: bool
@@ -178,6 +179,8 @@ class SecurityFacts:
     hooks_unconfined: bool | None = None
     deny_ptrace: bool = False
     refusals: tuple[str, ...] = ()
+    apparmor_readme: str = "packaging/apparmor/README.md"
+    selinux_readme: str = "packaging/selinux/README.md"
 
 
 # -- our own files -------------------------------------------------------------------------

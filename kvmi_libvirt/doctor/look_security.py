@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from kvmi_libvirt.datafiles import data_files
 from kvmi_libvirt.doctor.facts import SecurityFacts
 from kvmi_libvirt.doctor.look_kernel import read_text
 from kvmi_libvirt.doctor.look_libvirt import CAP_SYS_PTRACE, has_capability
@@ -30,6 +31,7 @@ _APPARMOR_PLACES: Final = (
 _APPARMOR_LOADED: Final = Path("/sys/kernel/security/apparmor/policy/profiles")
 _SELINUX: Final = Path("/sys/fs/selinux")
 _SELINUX_MODULES: Final = Path("/var/lib/selinux")
+_DOC: Final = Path("/usr/share/doc")
 _DAEMONS: Final = ("libvirtd", "virtqemud")
 _OUR_MARK: Final = b"kvmi"
 _COMMENT: Final = re.compile(rb"\s*#(?!include)")  # "#include" is one of AppArmor's rules
@@ -56,7 +58,17 @@ def look_at_security() -> SecurityFacts:
         hooks_unconfined=_boolean("virt_hooks_unconfined"),
         deny_ptrace=_boolean("deny_ptrace") is True,
         refusals=refusals() if has_apparmor or selinux else (),
+        apparmor_readme=_readme("packaging/apparmor", _DOC / "kvmi-libvirt/apparmor.md"),
+        selinux_readme=_readme("packaging/selinux", _DOC / "kvmi-libvirt-selinux/README.md"),
     )
+
+
+def _readme(directory: str, packaged: Path) -> str:
+    # A distribution's package has it among its documents, or in a package of its own.
+    if packaged.is_file():
+        return str(packaged)
+    found = data_files(directory, "README.md")
+    return str(found[0]) if found else f"{directory}/README.md in the source"
 
 
 # -- AppArmor ------------------------------------------------------------------------------

@@ -446,6 +446,21 @@ def test_a_profile_that_was_loaded_before_our_rules_changed(
     assert look_vm.newer_rules("another") is None  # not confined
 
 
+def test_where_our_rules_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged = tmp_path / "apparmor.md"
+
+    # In a checkout, and in a wheel, beside the rules.
+    shipped = look_security._readme("packaging/apparmor", packaged)
+    assert sorted(path.name for path in (Path(shipped).parent / "abstractions").iterdir())
+    packaged.touch()
+    assert look_security._readme("packaging/apparmor", packaged) == str(packaged)
+    packaged.unlink()
+    monkeypatch.setattr(look_security, "data_files", lambda *_arguments: [])
+    assert look_security._readme("packaging/selinux", packaged) == (
+        "packaging/selinux/README.md in the source"
+    )
+
+
 @pytest.mark.parametrize("before", [0, 10, (1 << 20) - 7])
 def test_our_module_is_found_anywhere_in_the_kernels_policy(tmp_path: Path, before: int) -> None:
     policy = tmp_path / "policy"
