@@ -132,7 +132,9 @@ def test_a_hooked_vm_on_a_sound_host_passes(vm: Vm) -> None:
     assert " : FAIL" not in kernel
     if " : WARN" in kernel:
         assert re.search("(runs|more run) on the emulated one", kernel)
-    assert about_host.code == 0, "\n".join(about_host.lines)
+    # Whatever is wrong with others' VMs on this machine.
+    fails = [line for line in about_host.lines if " : FAIL" in line]
+    assert not [line for line in fails if "Checking domain '" not in line], fails
     assert " : PASS (hooked)" in about_host.line(f"domain '{vm.name}'")
 
 
