@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json
 from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
@@ -47,13 +48,14 @@ def run(args: argparse.Namespace) -> ExitCode:
             policy = policy and permit(policy, target.host_policy(), source=source)
         if policy is None:
             raise PolicyRefused(_NO_POLICY, source=printable(args.policy or target.source))
-        state = hook_vm(
-            target.process,
-            domain,
-            policy,
-            state=state_dir(),
-            allow_standin=not target.is_managed,
-        )
+        with progress.shown(f"hooking {target.name} for the tool at {policy.source.describe()}"):
+            state = hook_vm(
+                target.process,
+                domain,
+                policy,
+                state=state_dir(),
+                allow_standin=not target.is_managed,
+            )
     if args.json:
         print_json(public_fields(state))
     else:

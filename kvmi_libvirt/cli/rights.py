@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.live import print_state
 from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
 from kvmi_libvirt.errors import ExitCode, PolicyRefused, PolicyValueError, UsageError
@@ -55,7 +56,7 @@ def change(args: argparse.Namespace, *, allow: bool) -> ExitCode:
     if not args.names:
         raise UsageError("name what to change; 'kvmi-libvirt names' lists it")
     named = read_names(args.names)
-    with open_target(args) as target:
+    with open_target(args) as target, progress.shown(f"changing the rights on {target.name}"):
         granted = within_ceiling(named, target.host_policy()) if allow else named
 
         def wanted(recorded: VmState) -> Policy:
@@ -83,9 +84,8 @@ def read_names(names: list[str]) -> Named:
             events |= group.events
             grouped |= group.commands | group.events
         elif command is not None and command in COMMANDS.always_allowed:
-            raise PolicyValueError(
-                f"{command} is always allowed; it can be neither granted nor denied"
-            )
+            text = f"{command} is always allowed; it can be neither granted nor denied"
+            raise PolicyValueError(text).then("kvmi-libvirt names")
         elif command is not None:
             commands.add(command)
         elif event is not None:
