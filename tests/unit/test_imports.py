@@ -34,7 +34,7 @@ TRACING: Final = BASE | {"abi", "linux", "qemu"}
 SERVING: Final = (
     TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag", "beforehand"}
 )
-INSTALLING: Final = frozenset({"installer", "installation", "daemons", "snippets"})
+INSTALLING: Final = frozenset({"ownership", "installer", "installation", "daemons", "snippets"})
 MACHINES: Final = frozenset({"commandline", "proxmoxfiles"})
 DOCTORING: Final = SERVING | INSTALLING | {"introspect", "bounded", "kernel", "hooklog", "doctor"}
 
@@ -87,6 +87,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "snippets": frozenset({"errors", "datafiles"}),
         "installation": frozenset({"errors", "datafiles", "installer"}),
         "bounded": frozenset(),
+        "ownership": frozenset(),
         "daemons": BASE | {"state"},
         "libvirtio": frozenset({"errors"}),
         "agent": SERVING
