@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import shlex
 import threading
 import urllib.parse
 from dataclasses import dataclass
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_URI: Final = "qemu:///system"
+
+_BY_US: Final = "(kvmi-libvirt)"  # what the hook's refusals end with
+_HOOK_WRAPPING: Final = re.compile(
+    r"Hook script execution failed: internal error: Child process \(.*?\) "
+    r"unexpected exit status \d+: "
+)
 
 
 class LibvirtError(KvmiLibvirtError):
@@ -84,7 +92,19 @@ def _lookup(connection: Any, domain: str, uri: str) -> Any:
     for lookup in lookups:
         with contextlib.suppress(libvirt.libvirtError, OverflowError, ValueError):
             return lookup(domain)
-    raise TargetNotFound(f"no domain '{domain}' at {uri}")
+    raise TargetNotFound(f"no domain '{domain}' at {uri}; next: {virsh(uri, 'list', '--all')}")
+
+
+def not_running(domain: str, uri: str) -> TargetNotFound:
+    """Return the error that says so, and what to type next."""
+    next_command = virsh(uri, "start", domain)
+    return TargetNotFound(f"domain '{domain}' does not run; next: {next_command}")
+
+
+def virsh(uri: str, *arguments: str) -> str:
+    """Return a virsh command that asks the libvirt at *uri*, for a person to type."""
+    connect = () if uri == DEFAULT_URI else ("-c", uri)
+    return shlex.join(("virsh", *connect, *arguments))
 
 
 def running_domain(domain: str, *, uri: str = DEFAULT_URI) -> RunningDomain:
@@ -96,7 +116,7 @@ def running_domain(domain: str, *, uri: str = DEFAULT_URI) -> RunningDomain:
     """
     found = domain_xml(domain, uri=uri)
     if not found.is_active:
-        raise TargetNotFound(f"domain '{found.name}' does not run")
+        raise not_running(found.name, uri)
     return RunningDomain(name=found.name, uuid=found.uuid, xml=found.xml)
 
 
@@ -240,6 +260,12 @@ def _said_by_libvirt(what: str) -> Iterator[None]:
         raise LibvirtError(f"{what}: {error}") from error
 
 
+def _said_by_hook(text: str) -> str:
+    # What our hook says is wrapped in how libvirt called it: a line of environment and path.
+    text = " ".join(text.split())
+    return _HOOK_WRAPPING.sub("", text) if text.endswith(_BY_US) else text
+
+
 @contextlib.contextmanager
 def started_paused(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[PausedDomain]:
     """Start *domain*, its name or uuid, with its vCPUs paused.
@@ -257,9 +283,14 @@ def started_paused(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[PausedDom
         with _said_by_libvirt(f"domain '{domain}'"):
             if found.isActive():
                 raise TargetNotFound(f"domain '{found.name()}' runs already")
-        with _said_by_libvirt(f"domain '{found.name()}' does not start"):
+        try:
             found.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
-            paused = PausedDomain(found)
+        except libvirt.libvirtError as error:
+            raise LibvirtError(
+                f"domain '{found.name()}' does not start: {_said_by_hook(str(error))}; "
+                f"next: {shlex.join(('kvmi-libvirt', 'doctor', found.name()))}"
+            ) from error
+        paused = PausedDomain(found)
         try:
             yield paused
         finally:

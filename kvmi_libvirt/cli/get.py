@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
 from kvmi_libvirt.cli.metadata import add_metadata_arguments, element_of
 from kvmi_libvirt.cli.output import print_json
-from kvmi_libvirt.errors import ExitCode, TargetNotFound
+from kvmi_libvirt.errors import ExitCode
+from kvmi_libvirt.quoting import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -24,10 +27,16 @@ def run(args: argparse.Namespace) -> ExitCode:
     """Print the element as a file that ``set`` takes; exit code 1 without one."""
     found = libvirtio.domain_xml(args.domain, uri=args.connect, of_config=args.config)
     if args.live and not found.is_active:
-        raise TargetNotFound(f"domain '{found.name}' does not run")
+        raise libvirtio.not_running(found.name, args.connect)
     element = element_of(found.xml, source=f"XML of domain '{found.name}'")
     if args.json:
         print_json({"domain": found.name, "uuid": found.uuid, "element": element})
     elif element is not None:
         print(element)
+    else:
+        print(
+            f"kvmi-libvirt: domain '{printable(found.name)}' has no introspection element; "
+            f"next: {shlex.join(('kvmi-libvirt', 'set', found.name, 'FILE'))}",
+            file=sys.stderr,
+        )
     return ExitCode.FAILED if element is None else ExitCode.OK

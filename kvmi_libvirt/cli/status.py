@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,8 @@ def _show(args: argparse.Namespace, states: list[VmState]) -> None:
         if not states:
             raise TargetNotFound(
                 f"nothing is known of a running domain '{args.domain}': "
-                "it does not run, or never had introspection"
+                "it does not run, or never had introspection; "
+                f"next: {shlex.join(('kvmi-libvirt', 'doctor', args.domain))}"
             )
     if args.json:
         print_json([public_fields(state) for state in states])

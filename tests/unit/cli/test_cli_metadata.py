@@ -100,7 +100,30 @@ def test_domain_that_is_not_there_is_exit_5(file: str, capsys: pytest.CaptureFix
     for arguments in (["get"], ["unset"], ["set"]):
         more = [file] if arguments == ["set"] else []
         assert main([*arguments, "-c", URI, "no such", *more]) == 5
-        assert capsys.readouterr().err == f"kvmi-libvirt: no domain 'no such' at {URI}\n"
+        assert capsys.readouterr().err == (
+            f"kvmi-libvirt: no domain 'no such' at {URI}; next: virsh -c {URI} list --all\n"
+        )
+
+
+def test_errors_end_with_what_to_type_next(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["get", *ON]) == 1
+    assert capsys.readouterr().err.endswith("; next: kvmi-libvirt set test FILE\n")
+    assert str(libvirtio.not_running("web 1", "qemu:///system")).endswith(
+        "; next: virsh start 'web 1'"
+    )
+
+
+@pytest.mark.parametrize("reason", ["no tool listens on unix:/run/kvmi/x", "(ENOENT) (x) (y)"])
+def test_of_a_refused_start_the_hooks_words_are_told_not_how_it_was_called(reason: str) -> None:
+    said = f"{reason}: start the tool first; domain 'x' requires introspection (kvmi-libvirt)"
+    wrapping = (
+        "Hook script execution failed: internal error: Child process (LC_ALL=C PATH=/bin "
+        "/etc/libvirt/hooks/qemu.d/50-kvmi-libvirt x started begin -) unexpected exit status 1: "
+    )
+
+    assert libvirtio._said_by_hook(f"{wrapping}{said}\n\n") == said
+    other = f"{wrapping}another's hook said no\n"
+    assert libvirtio._said_by_hook(other) == other.strip()
 
 
 @pytest.mark.parametrize(
