@@ -11,6 +11,7 @@ from kvmi_libvirt.doctor.check_host import EMULATE
 from kvmi_libvirt.doctor.report import Check, Line, Verdict
 from kvmi_libvirt.errors import ExitCode
 from kvmi_libvirt.policy.model import Mode
+from kvmi_libvirt.quoting import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,8 +143,10 @@ def _process(vm: VmFacts) -> Iterator[Line]:
         yield able.fail(process.problem)
     elif process.vcpus is not None and process.vcpus < vm.vcpus:
         yield able.warn(f"only {process.vcpus} of its {vm.vcpus} vCPUs exist yet", "try again")
+    elif process.vcpus is not None:
+        yield able.passed(f"one VM, {counted(process.vcpus, 'vCPU')}")
     else:
-        yield able.passed(f"one VM, {process.vcpus} vCPUs")
+        yield able.passed("one VM")
 
 
 def _kernel(vm: VmFacts, kernel: KernelFacts) -> Iterator[Line]:
@@ -223,7 +226,8 @@ def _record(vm: VmFacts) -> Iterator[Line]:
             code=ExitCode.FAILED,
         )
     elif record.state == "hooked":
-        rights = f"{record.commands} commands, {record.events} events, since {record.since}"
+        commands, events = counted(record.commands, "command"), counted(record.events, "event")
+        rights = f"{commands}, {events}, since {record.since}"
         if record.error is not None:
             yield found.warn(f"{record.error} ({rights})")
         elif vm.policy is None:
