@@ -182,7 +182,7 @@ def test_the_readme_has_every_verb_exit_code_group_and_profile() -> None:
     text = pages.README.read_text(encoding="utf-8")
     table = text.partition("\n| verb | does |\n")[2].partition("\n\n")[0]
     told = re.findall(r"`([a-z]+)[^`]*`", "\n".join(row.split("|")[1] for row in table.split("\n")))
-    codes = re.findall(r"\b(\d) \w", text.partition("Exit codes: ")[2].partition(".")[0])
+    codes = re.findall(r"\b(\d)\s\w", text.partition("Exit codes: ")[2].partition(".")[0])
 
     assert set(told) == set(VERBS)
     assert sorted(map(int, codes)) == sorted(ExitCode)
