@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_URI: Final = "qemu:///system"
 
-_BY_US: Final = "(kvmi-libvirt)"  # what the hook's refusals end with
+_NEXT: Final = "; next: kvmi-libvirt doctor "  # with this the hook's refusals end, and a name
 _HOOK_WRAPPING: Final = re.compile(
     r"Hook script execution failed: internal error: Child process \(.*?\) "
     r"unexpected exit status \d+: "
@@ -263,7 +263,7 @@ def _said_by_libvirt(what: str) -> Iterator[None]:
 def _said_by_hook(text: str) -> str:
     # What our hook says is wrapped in how libvirt called it: a line of environment and path.
     text = " ".join(text.split())
-    return _HOOK_WRAPPING.sub("", text) if text.endswith(_BY_US) else text
+    return _HOOK_WRAPPING.sub("", text) if _NEXT in text else text
 
 
 @contextlib.contextmanager
@@ -286,9 +286,10 @@ def started_paused(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[PausedDom
         try:
             found.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
         except libvirt.libvirtError as error:
+            said = _said_by_hook(str(error))
+            next_command = "" if _NEXT in said else f"{_NEXT}{shlex.quote(found.name())}"
             raise LibvirtError(
-                f"domain '{found.name()}' does not start: {_said_by_hook(str(error))}; "
-                f"next: {shlex.join(('kvmi-libvirt', 'doctor', found.name()))}"
+                f"domain '{found.name()}' does not start: {said}{next_command}"
             ) from error
         paused = PausedDomain(found)
         try:

@@ -117,7 +117,8 @@ def test_errors_end_with_what_to_type_next(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("reason", ["no tool listens on unix:/run/kvmi/x", "(ENOENT) (x) (y)"])
 def test_of_a_refused_start_the_hooks_words_are_told_not_how_it_was_called(reason: str) -> None:
-    said = f"{reason}: start the tool first; domain 'x' requires introspection (kvmi-libvirt)"
+    next_command = "next: kvmi-libvirt doctor x"
+    said = f"{reason}: start the tool first; domain 'x' requires introspection; {next_command}"
     wrapping = (
         "Hook script execution failed: internal error: Child process (LC_ALL=C PATH=/bin "
         "/etc/libvirt/hooks/qemu.d/50-kvmi-libvirt x started begin -) unexpected exit status 1: "
