@@ -164,10 +164,11 @@ def test_a_manual_pages_commands_run_as_printed(site: Site, page: Path) -> None:
     host.write(
         site.machine.path(HOST_POLICY), "<host-policy xmlns='urn:kvmi-libvirt:introspection:1.0'/>"
     )
-    for words in (("set", "web1", str(policy), "--config"), ("start", "web1")):
-        done = site.machine.cli(*words)
-        assert done.returncode == 0, done.stderr
+    commands = [one for one in pages.man_commands(page) if one.text not in NOT_RUN]
+    if any("web1" in command.text for command in commands):
+        for words in (("set", "web1", str(policy), "--config"), ("start", "web1")):
+            done = site.machine.cli(*words)
+            assert done.returncode == 0, done.stderr
 
-    for command in pages.man_commands(page):
-        if command.text not in NOT_RUN:
-            site.run(command)
+    for command in commands:
+        site.run(command)
