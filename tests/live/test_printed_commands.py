@@ -118,7 +118,7 @@ def site(machine: SecondHost, prepared: Host, tmp_path: Path) -> Iterator[Site]:
                 probe(machine.path(TOOL), "--secret", SECRET, within=machine.within)
             )
             yield Site(machine, tmp_path, tools)
-            machine.virsh("destroy", "web1")
+            # First the tools: one that the page began has its result once the VM is hooked.
     finally:
         machine.virsh("destroy", "web1")
         for name in ("web1", INSTANCE):
