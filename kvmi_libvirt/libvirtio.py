@@ -59,13 +59,20 @@ def _library() -> Any:  # libvirt has no type information
     return libvirt
 
 
+def _virsh(uri: str, command: str) -> str:
+    where = "" if uri == DEFAULT_URI else f"-c {shlex.quote(uri)} "
+    return f"virsh {where}{command}"
+
+
 @contextlib.contextmanager
 def _connection(uri: str) -> Iterator[Any]:
     libvirt = _library()
     try:
         connection = libvirt.open(uri)
     except libvirt.libvirtError as error:
-        raise LibvirtError(f"cannot connect to libvirt at {uri}: {error}") from error
+        failure = LibvirtError(f"cannot connect to libvirt at {uri}: {error}")
+        next_command = "kvmi-libvirt doctor" if is_local(uri) else _virsh(uri, "version")
+        raise failure.then(next_command) from error
     try:
         yield connection
     finally:
@@ -92,19 +99,7 @@ def _lookup(connection: Any, domain: str, uri: str) -> Any:
     for lookup in lookups:
         with contextlib.suppress(libvirt.libvirtError, OverflowError, ValueError):
             return lookup(domain)
-    raise TargetNotFound(f"no domain '{domain}' at {uri}; next: {virsh(uri, 'list', '--all')}")
-
-
-def not_running(domain: str, uri: str) -> TargetNotFound:
-    """Return the error that says so, and what to type next."""
-    next_command = virsh(uri, "start", domain)
-    return TargetNotFound(f"domain '{domain}' does not run; next: {next_command}")
-
-
-def virsh(uri: str, *arguments: str) -> str:
-    """Return a virsh command that asks the libvirt at *uri*, for a person to type."""
-    connect = () if uri == DEFAULT_URI else ("-c", uri)
-    return shlex.join(("virsh", *connect, *arguments))
+    raise TargetNotFound(f"no domain '{domain}' at {uri}").then(_virsh(uri, "list --all"))
 
 
 def running_domain(domain: str, *, uri: str = DEFAULT_URI) -> RunningDomain:
@@ -116,7 +111,8 @@ def running_domain(domain: str, *, uri: str = DEFAULT_URI) -> RunningDomain:
     """
     found = domain_xml(domain, uri=uri)
     if not found.is_active:
-        raise not_running(found.name, uri)
+        error = TargetNotFound(f"domain '{found.name}' does not run")
+        raise error.then(_virsh(uri, f"start {shlex.quote(found.name)}"))
     return RunningDomain(name=found.name, uuid=found.uuid, xml=found.xml)
 
 
@@ -282,15 +278,17 @@ def started_paused(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[PausedDom
         found = _lookup(connection, domain, uri)
         with _said_by_libvirt(f"domain '{domain}'"):
             if found.isActive():
-                raise TargetNotFound(f"domain '{found.name()}' runs already")
+                name = found.name()
+                error = TargetNotFound(f"domain '{name}' runs already")
+                raise error.then(f"kvmi-libvirt hook {shlex.quote(name)}")
         try:
             found.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
         except libvirt.libvirtError as error:
             said = _said_by_hook(str(error))
-            next_command = "" if _NEXT in said else f"{_NEXT}{shlex.quote(found.name())}"
-            raise LibvirtError(
-                f"domain '{found.name()}' does not start: {said}{next_command}"
-            ) from error
+            failed = LibvirtError(f"domain '{found.name()}' does not start: {said}")
+            if _NEXT in said:
+                raise failed from error
+            raise failed.then(f"kvmi-libvirt doctor {shlex.quote(found.name())}") from error
         paused = PausedDomain(found)
         try:
             yield paused

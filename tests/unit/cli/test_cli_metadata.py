@@ -107,14 +107,6 @@ def test_domain_that_is_not_there_is_exit_5(file: str, capsys: pytest.CaptureFix
         )
 
 
-def test_errors_end_with_what_to_type_next(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["get", *ON]) == 1
-    assert capsys.readouterr().err.endswith("; next: kvmi-libvirt set test FILE\n")
-    assert str(libvirtio.not_running("web 1", "qemu:///system")).endswith(
-        "; next: virsh start 'web 1'"
-    )
-
-
 @pytest.mark.parametrize("reason", ["no tool listens on unix:/run/kvmi/x", "(ENOENT) (x) (y)"])
 def test_of_a_refused_start_the_hooks_words_are_told_not_how_it_was_called(reason: str) -> None:
     next_command = "next: kvmi-libvirt doctor x"
