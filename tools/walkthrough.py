@@ -58,8 +58,8 @@ _MASKS: Final = tuple(
 )
 # What another machine, or a newer Debian, may print otherwise without anything being wrong.
 _MACHINE: Final = re.compile(
-    r"Checking (for KVMI in the kernel|/dev/kvm|that Yama|for our (AppArmor|SELinux))"
-    r"|^setup: |^make-deb: "
+    r"Checking (for KVMI in the kernel|kvm\.introspection|/dev/kvm|that Yama)"
+    r"|Checking for our (AppArmor|SELinux)|^setup: |^make-deb: "
 )
 _VERSION: Final = re.compile(r"\b\d+\.\d+[\w.+~-]*")
 
