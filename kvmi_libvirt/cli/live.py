@@ -37,7 +37,7 @@ def apply_policy(target: Target) -> VmState:
         PolicyRefused  it has none any more
         SessionError   it is not hooked, or by another tool; or a step failed
     """
-    policy = decide(target.domain_xml(), load_host_policy(), source=target.source)[1]
+    policy = target.decide()[1]
     if policy is None:
         text = "no introspection element, and no assignment of the host fits; to end its "
         text += "introspection, 'kvmi-libvirt unhook' it"

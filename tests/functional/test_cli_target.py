@@ -14,7 +14,7 @@ from stand_in import UUID, running_tool, stand_in
 from support import wait_for_supervisor
 
 from kvmi_libvirt import libvirtio
-from kvmi_libvirt.cli import hook, live, main, progress, rights, target
+from kvmi_libvirt.cli import hook, live, main, progress, target
 from kvmi_libvirt.errors import ExitCode
 from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE
@@ -82,7 +82,7 @@ class Operator:
         return contextlib.nullcontext()
 
     def on(self, some: HostPolicy) -> None:
-        for module in (hook, live, rights):
+        for module in (target, live):
             self._monkeypatch.setattr(module, "load_host_policy", lambda: some)
 
     def writes(self, text: str) -> None:
