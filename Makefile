@@ -5,7 +5,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=KVMI_TEST_REQUIRE,C
 PYTEST_FLAGS ?=
 BENCH ?=
 
-.PHONY: help demo test unit soak bench lint generated deb rpm test-packages setup test-setup clean
+.PHONY: help demo test unit soak bench lint generated deb rpm test-packages walkthrough setup test-setup clean
 
 help:
 	@echo "make demo     show it: a VM hooked with exactly its rights, and a refused start"
@@ -17,7 +17,9 @@ help:
 	@echo "make generated  completion and kvmi-libvirt(1) anew, from the command's options"
 	@echo "make deb      build the Debian package into dist/, checked with lintian"
 	@echo "make rpm      build the RPM packages into dist/, checked with rpmlint"
-	@echo "make test-packages  install both in a clean Debian, use them, take them away"
+	@echo "make test-packages  install both in a clean Debian, use them, take them away;"
+	@echo "              then the README's quick start, command by command"
+	@echo "make walkthrough  docs/walkthrough.md anew: the quick start in a clean Debian"
 	@echo "make setup    only the set-up: packages, .venv, access to /dev/kvm (the demo's;"
 	@echo "              make test-setup adds what the tests need)"
 	@echo "make clean    remove .venv and caches"
@@ -62,6 +64,10 @@ rpm:
 test-packages: deb rpm
 	@tools/need-packages debootstrap iproute2
 	@$(SUDO) /usr/bin/python3 tools/try_packages.py
+
+walkthrough:
+	@tools/need-packages debootstrap git iproute2
+	@$(SUDO) /usr/bin/python3 tools/walkthrough.py
 
 clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import logging
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -142,7 +143,10 @@ class Hook:
         vetoes = operation not in (Operation.RECONNECT, Operation.STOPPED, Operation.RELEASE)
         if vetoes and self._demands(xml):
             logger.error("domain %s: %s refused: %s", name, operation.value, line)
-            return f"{_reason(error)}; domain '{name}' requires introspection (kvmi-libvirt)"
+            return (
+                f"{_reason(error)}; domain '{name}' requires introspection; "
+                f"next: kvmi-libvirt doctor {shlex.quote(name)}"
+            )
         logger.warning("domain %s: %s: %s", name, operation.value, line)
         return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shlex
 import threading
 import urllib.parse
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_URI: Final = "qemu:///system"
+
+_NEXT: Final = "; next: kvmi-libvirt doctor "  # with this the hook's refusals end, and a name
+_HOOK_WRAPPING: Final = re.compile(
+    r"Hook script execution failed: internal error: Child process \(.*?\) "
+    r"unexpected exit status \d+: "
+)
 
 
 class LibvirtError(KvmiLibvirtError):
@@ -249,6 +256,12 @@ def _said_by_libvirt(what: str) -> Iterator[None]:
         raise LibvirtError(f"{what}: {error}") from error
 
 
+def _said_by_hook(text: str) -> str:
+    # What our hook says is wrapped in how libvirt called it: a line of environment and path.
+    text = " ".join(text.split())
+    return _HOOK_WRAPPING.sub("", text) if _NEXT in text else text
+
+
 @contextlib.contextmanager
 def started_paused(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[PausedDomain]:
     """Start *domain*, its name or uuid, with its vCPUs paused.
@@ -268,9 +281,15 @@ def started_paused(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[PausedDom
                 name = found.name()
                 error = TargetNotFound(f"domain '{name}' runs already")
                 raise error.then(f"kvmi-libvirt hook {shlex.quote(name)}")
-        with _said_by_libvirt(f"domain '{found.name()}' does not start"):
+        try:
             found.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
-            paused = PausedDomain(found)
+        except libvirt.libvirtError as error:
+            said = _said_by_hook(str(error))
+            failed = LibvirtError(f"domain '{found.name()}' does not start: {said}")
+            if _NEXT in said:
+                raise failed from error
+            raise failed.then(f"kvmi-libvirt doctor {shlex.quote(found.name())}") from error
+        paused = PausedDomain(found)
         try:
             yield paused
         finally:

@@ -14,6 +14,7 @@ from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.cli.target import state_dir
 from kvmi_libvirt.errors import ExitCode, StateError, TargetNotFound
 from kvmi_libvirt.introspect import interrupted, look_at, public_fields
+from kvmi_libvirt.quoting import counted
 
 if TYPE_CHECKING:
     import argparse
@@ -96,7 +97,7 @@ def _show(args: argparse.Namespace, states: list[VmState]) -> None:
                 state.state,
                 state.mode,
                 state.abi or "-",
-                f"{len(state.commands)} commands, {len(state.events)} events",
+                f"{counted(len(state.commands), 'command')}, {counted(len(state.events), 'event')}",
                 state.source or "-",
                 state.since,
             )
@@ -114,7 +115,8 @@ def summary(state: VmState) -> str:
         return f"{state.domain}: {state.state}"
     return (
         f"{state.domain}: hooked by {state.source} ({state.abi}), "
-        f"{len(state.commands)} commands and {len(state.events)} events allowed"
+        f"{counted(len(state.commands), 'command')} and "
+        f"{counted(len(state.events), 'event')} allowed"
     )
 
 

@@ -180,7 +180,8 @@ def test_the_reason_is_one_line_that_names_the_domain(hook: Hook, kind: str) -> 
 
     assert veto is not None
     assert "\n" not in veto
-    assert veto.endswith(f"; domain '{NAME}' requires introspection (kvmi-libvirt)")
+    asked = f"kvmi-libvirt doctor {NAME}"
+    assert veto.endswith(f"; domain '{NAME}' requires introspection; next: {asked}")
 
 
 def test_the_reason_tells_the_line_and_what_to_write(hook: Hook) -> None:
