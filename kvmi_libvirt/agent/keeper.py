@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import random
@@ -19,8 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import early, introspect
 from kvmi_libvirt import state as st
+from kvmi_libvirt.agent import telling
 from kvmi_libvirt.agent.decide import Backoff, Step
 from kvmi_libvirt.agent.pool import LOST, Lane
+from kvmi_libvirt.agent.records import Records
 from kvmi_libvirt.agent.tracing import reach
 from kvmi_libvirt.agent.vm import Vm, pack
 from kvmi_libvirt.errors import KvmiLibvirtError, StateError
@@ -43,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 JOB_S: Final = 45.0
 """For one job: a handshake of at most 30 s, and visits to QEMU."""
-
-TOOL_LEFT: Final = "the tool has closed its channel"
 
 _TURN_S: Final = 10.0
 _ASK_S: Final = 0.5
@@ -91,7 +90,7 @@ class Keeper:
         self._sockets = sockets
         self._notifier = notifier
         self._metrics = metrics
-        self._state = st.StateDir(settings.state_dir)
+        self._records = Records(settings.state_dir)
         self._vms: dict[str, Vm] = {}
         self._kept: dict[str, int] = {}
         self._sweeper: asyncio.TimerHandle | None = None
@@ -217,21 +216,14 @@ class Keeper:
 
     def _drop_dead_records(self, running: set[str]) -> None:
         # Of VMs that ended while neither libvirt's hook nor we looked.
-        for record in self._records():
+        for record in self._records.all():
             is_known = record.uuid in running or record.uuid in self._vms
             if not is_known and not introspect.process_runs(record):
-                self._remove_record(record.uuid)
+                self._records.remove_dead(record.uuid)
         for uuid in tuple(self._kept):
             if uuid not in running:
                 os.close(self._kept.pop(uuid))
                 self._notifier.drop(_CHANNEL_PREFIX + uuid)
-
-    def _records(self) -> list[st.VmState]:
-        try:
-            return self._state.all(lambda problem: logger.warning("%s", problem))
-        except StateError as error:
-            logger.warning("%s", error)
-            return []
 
     async def _fetch(self, uuid: str) -> None:
         try:
@@ -267,9 +259,8 @@ class Keeper:
         # Somebody else's work, or the echo of our own: then there is nothing to do.
         if vm.turn.locked():
             return
-        with contextlib.suppress(StateError):
-            if self._state.load(vm.uuid) != vm.record:
-                self.look(vm)
+        if self._records.differs(vm):
+            self.look(vm)
 
     def _status_changed(self, _directory: str, names: frozenset[str] | None) -> None:
         # libvirt wrote down a change of the VM: a vCPU may have come.
@@ -285,7 +276,7 @@ class Keeper:
             seen = introspect.look_at(record)
             if seen is not None and seen.error and seen.error != vm.error:
                 vm.error = seen.error
-                logger.error("domain %s: %s", vm.name, seen.error, extra=_fields(vm))
+                telling.tell_vcpus(vm, seen.error)
 
     # -- one VM ----------------------------------------------------------------------
 
@@ -326,12 +317,7 @@ class Keeper:
         # The tool was asked to let go: its channel ends when it has. Meanwhile others
         # may have work to do with the VM, so it is nobody's turn.
         reach("leaving")
-        logger.info(
-            "domain %s: its tool was asked to let go, and has %d s",
-            vm.name,
-            seconds,
-            extra=_fields(vm),
-        )
+        telling.tell_asked(vm, seconds)
         vm.closed = asyncio.Event()
         waiting = vm.closed.wait() if vm.channel is not None else self._until_closed(vm)
         with contextlib.suppress(asyncio.TimeoutError):
@@ -359,7 +345,7 @@ class Keeper:
         before = vm.record, vm.error
         vm.take(outcome)
         self._metrics.note(outcome)
-        self._tell(vm, *before, outcome)
+        telling.tell_outcome(vm, *before, outcome)
         self._watch(vm, outcome)
         if outcome.retry_s is not None:
             self._plan_retry(vm, outcome.retry_s)
@@ -370,32 +356,6 @@ class Keeper:
         )
         if is_off and outcome.error is None:
             vm.is_due = True  # another tool may be wanted now
-
-    def _tell(self, vm: Vm, before: st.VmState | None, error: str | None, outcome: Outcome) -> None:
-        # One line an event: the tenth failure for the same reason is none.
-        record = vm.record
-        if outcome.stall_us:
-            return  # hooked, and told with what it cost
-        is_same = (before and before.state) == (record and record.state)
-        if is_same and outcome.error in (None, error):
-            return
-        state = "not known" if record is None else record.state
-        line = f"domain {vm.name}: {state}"
-        problem = outcome.error
-        if record is not None and record.state == st.HOOKED:
-            line += f" by {record.source}, {len(record.commands)} commands"
-            line += f" and {len(record.events)} events allowed"
-        elif record is not None:
-            problem = problem or record.error
-        elif problem is None:
-            return
-        level = logging.INFO
-        if problem is not None or state in (st.FAILED, st.WAITING):
-            is_required = record is not None and record.mode == "required"
-            level = logging.ERROR if is_required else logging.WARNING
-        if problem is not None:
-            line += f": {problem}"
-        logger.log(level, "%s", line, extra={**_fields(vm), "event": state.replace(" ", "-")})
 
     def _watch(self, vm: Vm, outcome: Outcome) -> None:
         record = vm.record
@@ -478,7 +438,9 @@ class Keeper:
             return
         self._metrics.tool_left()
         vm.tries = 0
-        self._note_departure(vm)
+        record = vm.record
+        if self._records.note_departure(vm) and record is not None:
+            telling.tell_departure(vm, record)
         loop = asyncio.get_running_loop()
         # A tool that comes and goes is not run after: each time it gets twice as long.
         is_flap = loop.time() - vm.came_s < _FLAP_S
@@ -488,23 +450,6 @@ class Keeper:
             vm.retry = loop.call_later(_FLAP_BACKOFF.delay_s(vm.flaps - 1), self._retry_now, vm)
         else:
             self.look(vm)
-
-    def _note_departure(self, vm: Vm) -> None:
-        # Nothing is in force any more, whatever the ioctls would say.
-        record = vm.record
-        if record is None or record.state != st.HOOKED:
-            return
-        vm.record = dataclasses.replace(
-            record, state=st.WAITING, commands=(), events=(), all_ids=(), error=TOOL_LEFT
-        )
-        vm.error = TOOL_LEFT
-        level = logging.ERROR if record.mode == "required" else logging.WARNING
-        logger.log(
-            level, "domain %s: %s", vm.name, TOOL_LEFT, extra={**_fields(vm), "event": "left"}
-        )
-        with contextlib.suppress(StateError), self._state.locked(vm.uuid, deadline=0.0):
-            if self._state.load(vm.uuid) == record:
-                self._state.save(vm.record)
 
     def _ended(self, vm: Vm) -> None:
         vm.pidfd = None
@@ -525,18 +470,8 @@ class Keeper:
         if self._knows(vm):
             del self._vms[vm.uuid]
         if vm.record is not None and not introspect.process_runs(vm.record):
-            self._remove_record(vm.uuid)
+            self._records.remove_dead(vm.uuid)
         reach("forgotten")
-
-    def _remove_record(self, uuid: str) -> None:
-        # Never waits: whoever holds the lock is at work on it, or on its successor.
-        try:
-            with self._state.locked(uuid, deadline=0.0):
-                record = self._state.load(uuid)
-                if record is None or not introspect.process_runs(record):
-                    self._state.remove(uuid)
-        except StateError:
-            return
 
     # -- trying again ----------------------------------------------------------------
 
@@ -681,7 +616,3 @@ class Keeper:
         task = asyncio.create_task(work)
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
-
-
-def _fields(vm: Vm) -> dict[str, str]:
-    return {"domain": vm.name, "uuid": vm.uuid}
