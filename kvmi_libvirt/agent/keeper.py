@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,13 +18,13 @@ from typing import TYPE_CHECKING, Final
 from kvmi_libvirt import early, introspect
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent import telling
+from kvmi_libvirt.agent.channels import Channels, close_channel
 from kvmi_libvirt.agent.decide import Backoff, Step
 from kvmi_libvirt.agent.pool import LOST, Lane
 from kvmi_libvirt.agent.records import Records
 from kvmi_libvirt.agent.tracing import reach
 from kvmi_libvirt.agent.vm import Vm, pack
-from kvmi_libvirt.errors import KvmiLibvirtError, StateError
-from kvmi_libvirt.sockdiag import open_unix_streams
+from kvmi_libvirt.errors import KvmiLibvirtError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -46,13 +45,11 @@ JOB_S: Final = 45.0
 """For one job: a handshake of at most 30 s, and visits to QEMU."""
 
 _TURN_S: Final = 10.0
-_ASK_S: Final = 0.5
 _LIST_AGAIN_S: Final = 5.0
 _CALL_AGAIN_S: Final = 1.0
 _FLAP_S: Final = 10.0
 _FLAP_BACKOFF: Final = Backoff(first_s=1.0, last_s=60.0)
 EARLY_S: Final = early.APPEAR_S + early.READY_S + JOB_S
-_CHANNEL_PREFIX: Final = "channel-"
 
 
 class Keeper:
@@ -85,15 +82,20 @@ class Keeper:
         self._settings = settings
         self._domains = domains
         self._pool = pool
-        self._watcher = watcher
         self._directories = directories
         self._sockets = sockets
-        self._notifier = notifier
         self._metrics = metrics
         self._records = Records(settings.state_dir)
         self._vms: dict[str, Vm] = {}
-        self._kept: dict[str, int] = {}
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._channels = Channels(
+            watcher,
+            notifier,
+            self._vms.values,
+            sweep_s=settings.sweep_s,
+            left=self._tool_left,
+            ended=self._forget,
+            doubt=self.look,
+        )
         self._lister: asyncio.TimerHandle | None = None
         self._listing: asyncio.Task[None] | None = None
         self._must_list = False
@@ -104,11 +106,7 @@ class Keeper:
 
     def start(self) -> None:
         """Take over the channels kept for us, and look at every VM."""
-        for name, fd in self._notifier.kept().items():
-            if name.startswith(_CHANNEL_PREFIX):
-                self._kept[name.removeprefix(_CHANNEL_PREFIX)] = fd
-            else:
-                os.close(fd)
+        self._channels.start()
         self._directories.watch(str(self._settings.state_dir), self._records_changed)
         self._directories.watch(str(self._settings.run_dir), self._status_changed)
         self._domains.start(self)
@@ -117,9 +115,9 @@ class Keeper:
     async def close(self) -> None:
         """Stop working; every VM stays as it is, hooked or not."""
         self._is_closing = True
-        for timer in (self._sweeper, self._lister):
-            if timer is not None:
-                timer.cancel()
+        self._channels.close()
+        if self._lister is not None:
+            self._lister.cancel()
         tasks = [self._listing, *self._pending, *(vm.task for vm in self._vms.values())]
         for task in tasks:
             if task is not None:
@@ -220,10 +218,7 @@ class Keeper:
             is_known = record.uuid in running or record.uuid in self._vms
             if not is_known and not introspect.process_runs(record):
                 self._records.remove_dead(record.uuid)
-        for uuid in tuple(self._kept):
-            if uuid not in running:
-                os.close(self._kept.pop(uuid))
-                self._notifier.drop(_CHANNEL_PREFIX + uuid)
+        self._channels.drop_strays(running)
 
     async def _fetch(self, uuid: str) -> None:
         try:
@@ -318,19 +313,7 @@ class Keeper:
         # may have work to do with the VM, so it is nobody's turn.
         reach("leaving")
         telling.tell_asked(vm, seconds)
-        vm.closed = asyncio.Event()
-        waiting = vm.closed.wait() if vm.channel is not None else self._until_closed(vm)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(waiting, seconds)
-        vm.closed = None
-
-    async def _until_closed(self, vm: Vm) -> None:
-        # No copy of the channel: all that can be done is to ask.
-        while vm.record is not None and self._knows(vm):
-            with contextlib.suppress(StateError):
-                if not introspect.channel_is_open(vm.record):
-                    return
-            await asyncio.sleep(_ASK_S)
+        await self._channels.wait_closed(vm, seconds)
 
     def _knows(self, vm: Vm) -> bool:
         return self._vms.get(vm.uuid) is vm
@@ -338,7 +321,7 @@ class Keeper:
     def take(self, vm: Vm, outcome: Outcome) -> None:
         """Remember what a job did, watch what is to be watched, plan what comes next."""
         if outcome.is_gone:
-            self._close_channel(outcome)
+            close_channel(outcome)
             if not self._runs(vm):
                 self._forget(vm)
             return
@@ -346,7 +329,10 @@ class Keeper:
         vm.take(outcome)
         self._metrics.note(outcome)
         telling.tell_outcome(vm, *before, outcome)
-        self._watch(vm, outcome)
+        if outcome.channel is not None:
+            vm.came_s = asyncio.get_running_loop().time()
+        if not self._channels.watch(vm, outcome):
+            self._forget(vm)
         if outcome.retry_s is not None:
             self._plan_retry(vm, outcome.retry_s)
         elif outcome.error is None:
@@ -357,85 +343,7 @@ class Keeper:
         if is_off and outcome.error is None:
             vm.is_due = True  # another tool may be wanted now
 
-    def _watch(self, vm: Vm, outcome: Outcome) -> None:
-        record = vm.record
-        kept = self._kept_channel(vm)
-        is_new = outcome.channel is not None
-        if not is_new:
-            outcome.channel = kept
-        elif kept is not None:
-            os.close(kept)
-        if record is None:
-            self._close_channel(outcome)
-            return
-        if not self._watch_process(vm, record):
-            self._close_channel(outcome)
-            self._forget(vm)
-            return
-        if not record.socket_inode:
-            self._unwatch_channel(vm)
-            self._close_channel(outcome)
-            return
-        if outcome.channel is not None:
-            fd, outcome.channel = outcome.channel, None
-            self._unwatch_channel(vm)
-            self._notifier.keep(_CHANNEL_PREFIX + vm.uuid, fd)
-            vm.channel = fd
-            if is_new:
-                vm.came_s = asyncio.get_running_loop().time()
-            self._watcher.watch_channel(fd, lambda: self._channel_ended(vm))
-        elif vm.channel is None:
-            self._sweep_later()
-        reach("watched")
-
-    def _watch_process(self, vm: Vm, record: st.VmState) -> bool:
-        process = record.pid, record.start_ticks
-        if vm.pidfd is not None and vm.process == process:
-            return True
-        if vm.pidfd is not None:
-            self._watcher.forget(vm.pidfd)
-            vm.pidfd = None
-        try:
-            pidfd = os.pidfd_open(record.pid)
-        except OSError:
-            return False
-        if not introspect.process_runs(record):  # another has its number now
-            os.close(pidfd)
-            return False
-        vm.pidfd, vm.process = pidfd, process
-        self._watcher.watch_process(pidfd, lambda: self._ended(vm))
-        return True
-
-    def _kept_channel(self, vm: Vm) -> int | None:
-        # Kept by the service manager over our restart; it must still be the one.
-        fd = self._kept.pop(vm.uuid, None)
-        if fd is None:
-            return None
-        inode = 0 if vm.record is None else vm.record.socket_inode
-        if vm.channel is None and os.fstat(fd).st_ino == inode:
-            return fd
-        os.close(fd)
-        self._notifier.drop(_CHANNEL_PREFIX + vm.uuid)
-        return None
-
-    @staticmethod
-    def _close_channel(outcome: Outcome) -> None:
-        if outcome.channel is not None:
-            os.close(outcome.channel)
-            outcome.channel = None
-
-    def _unwatch_channel(self, vm: Vm) -> None:
-        if vm.channel is not None:
-            self._watcher.forget(vm.channel)
-            vm.channel = None
-            self._notifier.drop(_CHANNEL_PREFIX + vm.uuid)
-
-    def _channel_ended(self, vm: Vm) -> None:
-        vm.channel = None
-        self._notifier.drop(_CHANNEL_PREFIX + vm.uuid)
-        if vm.closed is not None:
-            vm.closed.set()
-            return
+    def _tool_left(self, vm: Vm) -> None:
         self._metrics.tool_left()
         vm.tries = 0
         record = vm.record
@@ -451,22 +359,13 @@ class Keeper:
         else:
             self.look(vm)
 
-    def _ended(self, vm: Vm) -> None:
-        vm.pidfd = None
-        self._forget(vm)
-
     def _runs(self, vm: Vm) -> bool:
         # Its process, not what libvirt says: an event may come late.
         return vm.record is not None and introspect.process_runs(vm.record)
 
     def _forget(self, vm: Vm) -> None:
         vm.stop_retry()
-        if vm.closed is not None:
-            vm.closed.set()
-        self._unwatch_channel(vm)
-        if vm.pidfd is not None:
-            self._watcher.forget(vm.pidfd)
-            vm.pidfd = None
+        self._channels.forget(vm)
         if self._knows(vm):
             del self._vms[vm.uuid]
         if vm.record is not None and not introspect.process_runs(vm.record):
@@ -510,35 +409,6 @@ class Keeper:
             vm.tries = 0  # it is bound, and may not listen yet
             vm.stop_retry()
             vm.retry = loop.call_at(at, self._retry_now, vm)
-
-    # -- channels that cannot be watched ---------------------------------------------
-
-    def _sweep_later(self) -> None:
-        if self._sweeper is None and not self._is_closing:
-            loop = asyncio.get_running_loop()
-            self._sweeper = loop.call_later(self._settings.sweep_s, self._sweep)
-
-    def _sweep(self) -> None:
-        self._sweeper = None
-        unwatched = [
-            vm
-            for vm in self._vms.values()
-            if vm.channel is None and vm.record is not None and vm.record.socket_inode
-        ]
-        if not unwatched:
-            return
-        try:
-            alive = open_unix_streams()
-        except OSError as error:
-            logger.warning("cannot look at channels: %s", error)
-            alive = set()
-        for vm in unwatched:
-            record = vm.record
-            is_unix = record is not None and (record.source or "").startswith("unix:")
-            is_open = is_unix and record is not None and record.socket_inode in alive
-            if not is_open and vm.retry is None:
-                self.look(vm)
-        self._sweep_later()
 
     # -- what libvirt's hook hands over ----------------------------------------------
 
@@ -601,7 +471,7 @@ class Keeper:
         argument = {"name": name, "uuid": uuid}
         outcome = await self._pool.run("early", argument, xml, timeout_s=EARLY_S, lane=Lane.START)
         if outcome.record is None or outcome.channel is None:
-            self._close_channel(outcome)
+            close_channel(outcome)
             if outcome.error is not None:
                 fields = {"domain": name, "uuid": uuid}
                 logger.warning("domain %s: %s", name, outcome.error, extra=fields)
