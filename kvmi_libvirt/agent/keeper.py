@@ -11,17 +11,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import early, introspect
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent import telling
 from kvmi_libvirt.agent.channels import Channels, close_channel
-from kvmi_libvirt.agent.decide import Backoff, Step
+from kvmi_libvirt.agent.decide import Step
 from kvmi_libvirt.agent.pool import LOST, Lane
 from kvmi_libvirt.agent.records import Records
+from kvmi_libvirt.agent.retries import Retries
 from kvmi_libvirt.agent.tracing import reach
 from kvmi_libvirt.agent.vm import Vm, pack
 from kvmi_libvirt.errors import KvmiLibvirtError
@@ -46,9 +45,6 @@ JOB_S: Final = 45.0
 
 _TURN_S: Final = 10.0
 _LIST_AGAIN_S: Final = 5.0
-_CALL_AGAIN_S: Final = 1.0
-_FLAP_S: Final = 10.0
-_FLAP_BACKOFF: Final = Backoff(first_s=1.0, last_s=60.0)
 EARLY_S: Final = early.APPEAR_S + early.READY_S + JOB_S
 
 
@@ -83,7 +79,6 @@ class Keeper:
         self._domains = domains
         self._pool = pool
         self._directories = directories
-        self._sockets = sockets
         self._metrics = metrics
         self._records = Records(settings.state_dir)
         self._vms: dict[str, Vm] = {}
@@ -96,6 +91,7 @@ class Keeper:
             ended=self._forget,
             doubt=self.look,
         )
+        self._retries = Retries(sockets, self._vms.values, self.look)
         self._lister: asyncio.TimerHandle | None = None
         self._listing: asyncio.Task[None] | None = None
         self._must_list = False
@@ -127,7 +123,7 @@ class Keeper:
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
         for vm in self._vms.values():
-            vm.stop_retry()
+            self._retries.stop(vm)
 
     @property
     def vms(self) -> dict[str, Vm]:
@@ -171,7 +167,7 @@ class Keeper:
         """Try at once: a hook that failed since no vCPU ran can succeed now."""
         vm = self._vms.get(uuid)
         if vm is not None and vm.retry is not None:
-            self._retry_now(vm)
+            self._retries.now(vm)
 
     def stopped(self, uuid: str) -> None:
         """Forget a domain whose process has ended."""
@@ -294,7 +290,7 @@ class Keeper:
     async def _reconcile(self, vm: Vm, *, asked: str = "") -> Outcome:
         async with vm.turn:
             vm.is_due = False
-            vm.stop_retry()
+            self._retries.stop(vm)
             reach("looked")
             is_hooked = vm.record is not None and vm.record.state == st.HOOKED
             outcome = await self._look(vm, asked, Lane.CHANGE if is_hooked else Lane.CALL)
@@ -330,11 +326,12 @@ class Keeper:
         self._metrics.note(outcome)
         telling.tell_outcome(vm, *before, outcome)
         if outcome.channel is not None:
-            vm.came_s = asyncio.get_running_loop().time()
+            self._retries.came(vm)
         if not self._channels.watch(vm, outcome):
             self._forget(vm)
         if outcome.retry_s is not None:
-            self._plan_retry(vm, outcome.retry_s)
+            self._metrics.retry_planned()
+            self._retries.plan(vm, outcome.retry_s)
         elif outcome.error is None:
             vm.tries = 0
         is_off = outcome.step == Step.UNHOOK.value or (
@@ -345,70 +342,23 @@ class Keeper:
 
     def _tool_left(self, vm: Vm) -> None:
         self._metrics.tool_left()
-        vm.tries = 0
         record = vm.record
         if self._records.note_departure(vm) and record is not None:
             telling.tell_departure(vm, record)
-        loop = asyncio.get_running_loop()
-        # A tool that comes and goes is not run after: each time it gets twice as long.
-        is_flap = loop.time() - vm.came_s < _FLAP_S
-        vm.flaps = vm.flaps + 1 if is_flap else 0
-        if vm.flaps > 1:
-            vm.stop_retry()
-            vm.retry = loop.call_later(_FLAP_BACKOFF.delay_s(vm.flaps - 1), self._retry_now, vm)
-        else:
-            self.look(vm)
+        self._retries.left(vm)
 
     def _runs(self, vm: Vm) -> bool:
         # Its process, not what libvirt says: an event may come late.
         return vm.record is not None and introspect.process_runs(vm.record)
 
     def _forget(self, vm: Vm) -> None:
-        vm.stop_retry()
+        self._retries.stop(vm)
         self._channels.forget(vm)
         if self._knows(vm):
             del self._vms[vm.uuid]
         if vm.record is not None and not introspect.process_runs(vm.record):
             self._records.remove_dead(vm.uuid)
         reach("forgotten")
-
-    # -- trying again ----------------------------------------------------------------
-
-    def _plan_retry(self, vm: Vm, at_most_s: float) -> None:
-        vm.stop_retry()
-        vm.tries += 1
-        self._metrics.retry_planned()
-        delay = Backoff(last_s=at_most_s).delay_s(vm.tries)
-        delay *= random.uniform(0.8, 1.2)  # noqa: S311 - a thousand VMs must not try at once
-        vm.retry = asyncio.get_running_loop().call_later(delay, self._retry_now, vm)
-        if vm.record is not None and (vm.record.source or "").startswith("unix:"):
-            # A tool that comes back makes its socket anew: no need to wait for the timer.
-            directory = str(Path((vm.record.source or "").removeprefix("unix:")).parent)
-            self._sockets.watch(directory, self._sockets_made)
-        reach("retry-planned")
-
-    def _retry_now(self, vm: Vm) -> None:
-        vm.stop_retry()
-        self.look(vm)
-
-    def _sockets_made(self, directory: str, names: frozenset[str] | None) -> None:
-        if names is None:
-            return  # somebody makes very many: the timers are enough
-        sources = {f"unix:{directory.rstrip('/')}/{name}" for name in names}
-        loop = asyncio.get_running_loop()
-        for vm in self._vms.values():
-            record = vm.record
-            if vm.retry is None or record is None or record.source not in sources:
-                continue
-            # Whoever may make that socket may make it all the time, and a tool that
-            # comes and goes makes it each time.
-            at = max(loop.time(), vm.called_s + _CALL_AGAIN_S)
-            if vm.flaps > 1 or vm.retry.when() <= at:
-                continue
-            vm.called_s = at
-            vm.tries = 0  # it is bound, and may not listen yet
-            vm.stop_retry()
-            vm.retry = loop.call_at(at, self._retry_now, vm)
 
     # -- what libvirt's hook hands over ----------------------------------------------
 

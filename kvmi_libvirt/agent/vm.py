@@ -72,12 +72,6 @@ class Vm:
         self.wanted = outcome.wanted
         self.error = outcome.error
 
-    def stop_retry(self) -> None:
-        """Do not try again by ourselves."""
-        if self.retry is not None:
-            self.retry.cancel()
-            self.retry = None
-
 
 def pack(xml: bytes) -> bytes:
     """Return *xml* as :class:`Vm` keeps it."""
