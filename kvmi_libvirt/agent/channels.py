@@ -20,11 +20,12 @@ from kvmi_libvirt.errors import StateError
 from kvmi_libvirt.sockdiag import open_unix_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from kvmi_libvirt.agent.jobs import Outcome
     from kvmi_libvirt.agent.notify import Notifier
     from kvmi_libvirt.agent.vm import Vm
+    from kvmi_libvirt.agent.vms import Vms
     from kvmi_libvirt.agent.watch import Watcher
     from kvmi_libvirt.state import VmState
 
@@ -40,7 +41,7 @@ class Channels:
     Parameters
         watcher   waits for their ends
         notifier  keeps channels over a restart
-        vms       returns all VMs, when asked
+        vms       all that are known
         sweep_s   seconds between looks at channels that cannot be waited for
         left      called when the tool of a VM has closed its channel
         ended     called when the process of a VM has ended
@@ -51,7 +52,7 @@ class Channels:
         self,
         watcher: Watcher,
         notifier: Notifier,
-        vms: Callable[[], Iterable[Vm]],
+        vms: Vms,
         *,
         sweep_s: float,
         left: Callable[[Vm], None],
@@ -210,7 +211,7 @@ class Channels:
         self._sweeper = None
         unwatched = [
             (vm, vm.record)
-            for vm in self._vms()
+            for vm in self._vms
             if vm.channel is None and vm.record is not None and vm.record.socket_inode
         ]
         if not unwatched:

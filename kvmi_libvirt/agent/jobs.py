@@ -83,7 +83,6 @@ class Outcome:
     Parameters
         step        what was done, by its name
         record      what is recorded about the VM now, as a dict; None for nothing
-        wanted      the VM has a policy
         error       what failed, one line
         kind        class name of the error
         retry_s     try again, waiting at most so many seconds between tries; None: do not,
@@ -99,7 +98,6 @@ class Outcome:
 
     step: str = Step.NOTHING.value
     record: dict[str, Any] | None = None
-    wanted: bool = False
     error: str | None = None
     kind: str | None = None
     retry_s: float | None = None
@@ -198,7 +196,6 @@ class Jobs:
             except PolicyError as error:
                 self._bad_policy(process, argument, xml, record, host, error)
                 return
-            self._outcome.wanted = policy is not None
             seen = Seen(
                 wanted=policy,
                 digest="" if policy is None else digest(policy),
@@ -306,7 +303,6 @@ class Jobs:
         # What is in force stays in force: nobody asked for less, only wrongly for other.
         # Unless the host says what it does not allow, which counts for everybody.
         self._failed(error)
-        self._outcome.wanted = True
         if record is not None and record.socket_inode:
             if host is not None and self._is_open(record):
                 self._hold_to(host, process, record, argument)

@@ -17,10 +17,11 @@ from kvmi_libvirt.agent.decide import Backoff
 from kvmi_libvirt.agent.tracing import reach
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from kvmi_libvirt.agent.inotify import Directories
     from kvmi_libvirt.agent.vm import Vm
+    from kvmi_libvirt.agent.vms import Vms
 
 _UNIX: Final = "unix:"
 _CALL_AGAIN_S: Final = 1.0
@@ -33,14 +34,14 @@ class Retries:
 
     Parameters
         sockets  directories in which tools make their sockets
-        vms      returns all VMs, when asked
+        vms      all that are known
         look     makes an attempt
     """
 
     def __init__(
         self,
         sockets: Directories,
-        vms: Callable[[], Iterable[Vm]],
+        vms: Vms,
         look: Callable[[Vm], None],
     ) -> None:
         """Nothing is planned yet."""
@@ -67,6 +68,10 @@ class Retries:
         if vm.retry is not None:
             vm.retry.cancel()
             vm.retry = None
+
+    def begin_anew(self, vm: Vm) -> None:
+        """Count its failures from now on: something changed."""
+        vm.tries = 0
 
     def now(self, vm: Vm) -> None:
         """Make the attempt that is planned, or another, now."""
@@ -95,7 +100,7 @@ class Retries:
             return  # somebody makes very many: the timers are enough
         sources = {f"{_UNIX}{directory.rstrip('/')}/{name}" for name in names}
         loop = asyncio.get_running_loop()
-        for vm in self._vms():
+        for vm in self._vms:
             record = vm.record
             if vm.retry is None or record is None or record.source not in sources:
                 continue
