@@ -147,7 +147,11 @@ def change_vm(
         if failure is not None:
             raise failure
         if plan.steps:
-            logger.info("domain %s: rights changed, %d steps", record.domain, len(plan.steps))
+            logger.info(
+                "domain %s: rights changed, %d steps",
+                *(record.domain, len(plan.steps)),
+                extra={"event": "changed"},
+            )
         return record
 
 

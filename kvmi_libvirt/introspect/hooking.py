@@ -256,6 +256,7 @@ def _tell_hooked(record: VmState, report: session.Report) -> None:
     logger.info(
         "domain %s (%s): hooked, %d steps, main thread held %d us, %d us from HOOK to last grant",
         *(record.domain, record.uuid, len(report.applied), report.stall_us, report.gap_us),
+        extra={"event": "hooked"},
     )
 
 
