@@ -22,6 +22,7 @@ import pytest
 from agent_harness import (
     CONTROL,
     INFO,
+    READ,
     RUNNER,
     UNHOOK,
     WAIT_S,
@@ -160,17 +161,46 @@ def test_a_bad_policy_is_refused_by_the_agent(host: Site, hook: Hook) -> None:
     assert hook.helpers() == []
 
 
-def test_many_starts_at_once_are_each_done_once(host: Site, tool: PatientTool, hook: Hook) -> None:
-    names = [f"vm{number}" for number in range(8)]
+def test_fifty_starts_at_once_are_each_done_once_and_leave_nothing(
+    host: Site, tool: PatientTool, hook: Hook
+) -> None:
+    # Beside VMs that it keeps already; the hook's deadlines are those of a real one.
+    kept = host.boot("kept1", "kept2", metadata=host.wanted().element())
+    host.wait_rights(*kept)
+    names = [f"vm{number}" for number in range(STARTS)]
     host.fleet.start(names)
-    element = host.wanted(mode="required").element()
-    with concurrent.futures.ThreadPoolExecutor(len(names)) as threads:
-        found = list(
-            threads.map(lambda name: hook(host.fleet.vms[name], "started", element), names)
-        )
-    assert found == [(0, "")] * len(names)
+    vms = [host.fleet.vms[name] for name in names]
+    elements = [
+        host.wanted(mode="required", commands=(INFO, READ) if number % 2 else (INFO,)).element()
+        for number in range(STARTS)
+    ]
+    host.agent.wait(lambda: len(host.agent.processes()) == 2, what="it has no workers")
+    before = open_fds(host.agent.pid)
+    with concurrent.futures.ThreadPoolExecutor(STARTS) as threads:
+        found = list(threads.map(lambda vm, element: hook(vm, "started", element), vms, elements))
+    assert found == [(0, "")] * STARTS
     assert hook.helpers() == []
     assert sorted(tool.connected()) == sorted(vm.uuid for vm in host.fleet.vms.values())
+    for number, vm in enumerate(vms):
+        wanted = {INFO, READ} if number % 2 else {INFO}
+        assert host.rights(vm) == wanted
+        assert host.allows(tool, vm) == wanted
+        assert host.sockets_in(vm) == []
+        assert host.state.load_journal(vm.uuid) is None
+    assert [host.rights(vm) for vm in kept] == [{INFO}] * 2
+    # A channel and a process each are watched; workers and connections go.
+    host.wait_rest()
+    host.agent.wait(
+        lambda: open_fds(host.agent.pid) == before + 2 * STARTS, what="nothing else is open"
+    )
+    host.agent.wait(lambda: len(host.agent.processes()) == 2, what="no worker is left")
+
+
+STARTS: Final = 50
+
+
+def open_fds(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def test_nothing_waits_for_a_tool_that_has_ten_minutes_to_let_go(
