@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The channels and processes of the VMs: taken over, watched, and let go.
 
-Owns Vm.channel, Vm.pidfd, Vm.process and Vm.closed. A channel of which there is no copy,
+Owns Vm.channel, Vm.pidfd, Vm.process and Vm.parting. A channel of which there is no copy,
 since it was made by an agent that was killed or by somebody else, cannot be waited for:
 the kernel is asked about all of those at once, now and then.
 """
@@ -129,23 +129,32 @@ class Channels:
 
     def forget(self, vm: Vm) -> None:
         """Watch nothing of *vm* any more; who waits for its tool to leave waits no longer."""
-        if vm.closed is not None:
-            vm.closed.set()
+        _settle(vm, is_over=True)
         self._unwatch(vm)
         self._unwatch_process(vm)
 
-    async def wait_closed(self, vm: Vm, seconds: float) -> None:
+    async def wait_closed(self, vm: Vm, seconds: float) -> bool:
         """Wait until the channel of *vm* ends, or *vm* is forgotten, *seconds* at most.
 
-        Its end is then not reported otherwise.
+        The channel's end is then not reported otherwise.
+
+        Returns
+            False when :meth:`wake` ended the wait before that
         """
-        vm.closed = asyncio.Event()
-        waiting = vm.closed.wait() if vm.channel is not None else _until_closed(vm, vm.closed)
+        parting = vm.parting = asyncio.get_running_loop().create_future()
+        asking = None if vm.channel is not None else asyncio.create_task(_ask_until_closed(vm))
         try:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(waiting, seconds)
+            return await asyncio.wait_for(parting, max(0.0, seconds))
+        except asyncio.TimeoutError:
+            return True
         finally:
-            vm.closed = None
+            vm.parting = None
+            if asking is not None:
+                asking.cancel()
+
+    def wake(self, vm: Vm) -> None:
+        """End the wait for the tool of *vm*, if there is one: something else changed."""
+        _settle(vm, is_over=False)
 
     def _watch_process(self, vm: Vm, record: VmState) -> bool:
         process = record.pid, record.start_ticks
@@ -191,8 +200,8 @@ class Channels:
     def _channel_ended(self, vm: Vm) -> None:
         vm.channel = None
         self._notifier.drop(_PREFIX + vm.uuid)
-        if vm.closed is not None:
-            vm.closed.set()
+        if vm.parting is not None:
+            _settle(vm, is_over=True)
         else:
             self._left(vm)
 
@@ -229,13 +238,19 @@ class Channels:
         self._sweep_later()
 
 
-async def _until_closed(vm: Vm, closed: asyncio.Event) -> None:
+async def _ask_until_closed(vm: Vm) -> None:
     # No copy of the channel: all that can be done is to ask.
-    while vm.record is not None and not closed.is_set():
+    while vm.record is not None:
         with contextlib.suppress(StateError):
             if not introspect.channel_is_open(vm.record):
-                return
+                break
         await asyncio.sleep(_ASK_S)
+    _settle(vm, is_over=True)
+
+
+def _settle(vm: Vm, *, is_over: bool) -> None:
+    if vm.parting is not None and not vm.parting.done():
+        vm.parting.set_result(is_over)
 
 
 def close_channel(outcome: Outcome) -> None:

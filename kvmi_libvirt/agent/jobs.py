@@ -67,8 +67,8 @@ class Places:
     allow_standin: bool = False
 
 
-def _was_asked(record: VmState | None, argument: dict[str, str]) -> bool:
-    return record is not None and argument["asked"] == str(record.socket_inode)
+def _kind(error: Exception) -> str:
+    return getattr(error, "kind", None) or type(error).__name__
 
 
 def _by_hand(record: VmState) -> bool:
@@ -90,6 +90,8 @@ class Outcome:
         is_gone     the VM has ended
         early       a start is to be watched, by the job of that name
         leaving_s   the tool was asked to let go, and has so many seconds
+        warning     what is wrong with the VM though it is hooked
+        had_left    the tool of a VM that is on record as hooked was found gone
         must_call   nothing was done: the tool has to be called, and may not be yet
         veto        why libvirt is to be told no
         stall_us, gap_us, took_us   what hooking cost
@@ -103,6 +105,8 @@ class Outcome:
     retry_s: float | None = None
     is_gone: bool = False
     leaving_s: int | None = None
+    warning: str | None = None
+    had_left: bool = False
     must_call: bool = False
     early: bool = False
     veto: str | None = None
@@ -127,8 +131,9 @@ class Jobs:
 
         Parameters
             argument  "name" and "uuid" of the domain. For the first "operation"; for the
-                      other "may_call", not empty when a tool may be called, and "asked",
-                      the channel whose tool was asked to let go and has had its time
+                      other "may_call", not empty when a tool may be called; "asked",
+                      the channel whose tool was asked to let go; and "has_time", "yes"
+                      while that tool may still take its time
             xml       the domain XML
         """
         self._started = time.monotonic()
@@ -161,6 +166,8 @@ class Jobs:
         )
         self._outcome.step = argument["operation"]
         self._outcome.veto = hook.run(argument["name"], argument["operation"], xml)
+        if hook.failure is not None:
+            self._outcome.kind = _kind(hook.failure)
         with contextlib.suppress(StateError):
             self._note(self._state.load(argument["uuid"]))
 
@@ -189,6 +196,8 @@ class Jobs:
         with open_domain(name, uuid, run_dir=self._places.run_dir) as process:
             record = self._record_of(process, uuid)
             self._note(record)
+            if record is not None and record.state == st.HOOKED:
+                self._outcome.warning = introspect.unwatched_vcpus(record, process)
             host: HostPolicy | None = None
             try:
                 host = load_host_policy(self._places.host_policy)
@@ -202,15 +211,14 @@ class Jobs:
                 record=record,
                 is_open=self._is_open(record),
             )
+            self._outcome.had_left = bool(record and record.socket_inode) and not seen.is_open
             step = next_step(seen)
-            if step is Step.LEAVE and _was_asked(record, argument):
-                step = Step.UNHOOK
             if step is Step.HOOK and not argument["may_call"]:
                 self._outcome.must_call = True
                 return
             self._outcome.step = step.value
             try:
-                self._do(step, process, domain, seen, host)
+                self._do(step, process, domain, seen, host, argument)
             except (TargetGone, TargetNotFound):
                 raise
             except KvmiLibvirtError as error:
@@ -218,7 +226,13 @@ class Jobs:
                 self._plan_retry(error, process, uuid, policy)
 
     def _do(
-        self, step: Step, process: Process, domain: Domain, seen: Seen, host: HostPolicy
+        self,
+        step: Step,
+        process: Process,
+        domain: Domain,
+        seen: Seen,
+        host: HostPolicy,
+        argument: dict[str, str],
     ) -> None:
         policy, record = seen.wanted, seen.record
         if step is Step.NOTHING:
@@ -238,9 +252,12 @@ class Jobs:
         elif step is Step.CHANGE:
             assert policy is not None
             self._change(process, domain.uuid, policy, host)
+        elif step is Step.LEAVE:
+            assert record is not None
+            self._see_off(process, record, policy, argument)
         else:
             assert record is not None
-            self._end(process, record, policy, is_asked=step is Step.UNHOOK)
+            self._take_off(process, record, policy)
 
     def _change(self, process: Process, uuid: str, policy: Policy, host: HostPolicy) -> None:
         try:
@@ -270,13 +287,25 @@ class Jobs:
                     self._state.remove(uuid)
                     self._note(None)
 
-    def _end(
-        self, process: Process, record: VmState, policy: Policy | None, *, is_asked: bool
+    def _see_off(
+        self,
+        process: Process,
+        record: VmState,
+        policy: Policy | None,
+        argument: dict[str, str],
     ) -> None:
-        if not is_asked and introspect.ask_to_leave(process, record, state=self._state):
+        was_asked = argument["asked"] == str(record.socket_inode)
+        must_wait = (
+            argument.get("has_time", "") == "yes"
+            if was_asked
+            else introspect.ask_to_leave(process, record, state=self._state)
+        )
+        if must_wait:
             self._outcome.leaving_s = record.unhook_s
-        else:
-            self._take_off(process, record, policy)
+            return
+        if was_asked:
+            self._outcome.step = Step.UNHOOK.value
+        self._take_off(process, record, policy)
 
     def _take_off(self, process: Process, record: VmState, policy: Policy | None) -> None:
         # The policy that is next acted upon must count as new, unless it was this one
@@ -320,7 +349,7 @@ class Jobs:
         try:
             if host.refusal(parse_source(record.source or "")) is not None:
                 self._outcome.step = Step.LEAVE.value
-                self._end(process, record, None, is_asked=_was_asked(record, argument))
+                self._see_off(process, record, None, argument)
             elif host.ceiling is not None:
                 self._outcome.step = Step.CHANGE.value
                 self._note(
@@ -335,7 +364,7 @@ class Jobs:
     def _failed(self, error: Exception) -> None:
         line = " ".join(str(error).split())
         self._outcome.error = line
-        self._outcome.kind = getattr(error, "kind", None) or type(error).__name__
+        self._outcome.kind = _kind(error)
 
     def _plan_retry(
         self, error: KvmiLibvirtError, process: Process, uuid: str, policy: Policy | None

@@ -28,7 +28,6 @@ from kvmi_libvirt.agent.records import Records
 from kvmi_libvirt.agent.retries import Retries
 from kvmi_libvirt.agent.tracing import reach
 from kvmi_libvirt.agent.vms import Vms
-from kvmi_libvirt.errors import KvmiLibvirtError
 
 if TYPE_CHECKING:
     from kvmi_libvirt.agent.domains import Domains
@@ -127,12 +126,16 @@ class Keeper:
         return sum(vm.is_due or vm.turn.locked() for vm in self.vms)
 
     def status(self) -> list[dict[str, object]]:
-        """Return what is known of every VM with a record, by name."""
+        """Return what is known of every VM with a record, by name.
+
+        What is not "watched" may have lost its tool since it was last looked at.
+        """
         found = []
         for vm in sorted(self.vms, key=lambda vm: (vm.name, vm.uuid)):
             if vm.record is not None:
                 fields = introspect.public_fields(vm.record)
-                fields["error"] = vm.error or fields["error"]
+                fields["error"] = vm.error or vm.warning or fields["error"]
+                fields["watched"] = vm.channel is not None
                 found.append(fields)
         return found
 
@@ -186,55 +189,65 @@ class Keeper:
 
     def _check_vcpus(self, vm: Vm) -> None:
         record = vm.record
-        if record is None or record.state != st.HOOKED:
-            return
-        with contextlib.suppress(KvmiLibvirtError, OSError):
-            seen = introspect.look_at(record)
-            if seen is not None and seen.error and seen.error != vm.error:
-                vm.error = seen.error
-                telling.tell_vcpus(vm, seen.error)
+        if record is not None and record.state == st.HOOKED:
+            self._warn(vm, introspect.unwatched_vcpus(record))
+
+    @staticmethod
+    def _warn(vm: Vm, warning: str | None) -> None:
+        if warning is not None and warning != vm.warning:
+            telling.tell_vcpus(vm, warning)
+        vm.warning = warning
 
     # -- one VM ----------------------------------------------------------------------
 
     def look(self, vm: Vm) -> None:
         """Compare what is wanted of *vm* with what is, soon, and do what is needed."""
         vm.is_due = True
+        self._channels.wake(vm)
         if (vm.task is None or vm.task.done()) and not self._is_closing:
             vm.task = asyncio.create_task(self._serve(vm))
 
     async def _serve(self, vm: Vm) -> None:
         while vm.is_due and self.vms.known(vm):
             outcome = await self._reconcile(vm)
-            while outcome.leaving_s is not None and vm.record is not None:
-                asked = str(vm.record.socket_inode)
+            if outcome.leaving_s is not None:
                 await self._see_off(vm, outcome.leaving_s)
-                if not self.vms.known(vm):
-                    return
-                outcome = await self._reconcile(vm, asked=asked)
 
-    async def _reconcile(self, vm: Vm, *, asked: str = "") -> Outcome:
+    async def _see_off(self, vm: Vm, seconds: int) -> None:
+        # The tool was asked to let go: its channel ends when it has. Meanwhile others
+        # may have work to do with the VM, so it is nobody's turn; and the policy may
+        # change, which may mean that the tool can stay.
+        reach("leaving")
+        telling.tell_asked(vm, seconds)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        is_leaving = True
+        while is_leaving and vm.record is not None and self.vms.known(vm):
+            asked = str(vm.record.socket_inode)
+            is_over = not vm.is_due and await self._channels.wait_closed(vm, deadline - loop.time())
+            if not self.vms.known(vm):
+                return
+            has_time = not is_over and loop.time() < deadline
+            outcome = await self._reconcile(vm, asked=asked, has_time="yes" if has_time else "")
+            is_leaving = outcome.leaving_s is not None
+
+    async def _reconcile(self, vm: Vm, **argument: str) -> Outcome:
         async with vm.turn:
             vm.is_due = False
             self._retries.stop(vm)
             reach("looked")
             is_hooked = vm.record is not None and vm.record.state == st.HOOKED
-            outcome = await self._look(vm, asked, Lane.CHANGE if is_hooked else Lane.CALL)
+            outcome = await self._look(vm, Lane.CHANGE if is_hooked else Lane.CALL, argument)
             if outcome.must_call:
-                outcome = await self._look(vm, asked, Lane.CALL)
+                outcome = await self._look(vm, Lane.CALL, argument)
             reach("job-done")
             self.take(vm, outcome)
         return outcome
 
-    async def _look(self, vm: Vm, asked: str, lane: Lane) -> Outcome:
-        argument = vm.argument(asked=asked, may_call="yes" if lane is Lane.CALL else "")
+    async def _look(self, vm: Vm, lane: Lane, more: dict[str, str]) -> Outcome:
+        may_call = "yes" if lane is Lane.CALL else ""
+        argument = vm.argument(**{"asked": "", "may_call": may_call, **more})
         return await self._pool.run("reconcile", argument, vm.xml, timeout_s=JOB_S, lane=lane)
-
-    async def _see_off(self, vm: Vm, seconds: int) -> None:
-        # The tool was asked to let go: its channel ends when it has. Meanwhile others
-        # may have work to do with the VM, so it is nobody's turn.
-        reach("leaving")
-        telling.tell_asked(vm, seconds)
-        await self._channels.wait_closed(vm, seconds)
 
     def take(self, vm: Vm, outcome: Outcome) -> None:
         """Remember what a job did, watch what is to be watched, plan what comes next."""
@@ -245,8 +258,12 @@ class Keeper:
             return
         before = vm.record, vm.error
         vm.take(outcome)
-        self._metrics.note(outcome)
+        vm.has_left = vm.has_left or outcome.had_left
+        self._metrics.note(outcome, is_again=vm.has_left)
+        if vm.record is None or vm.record.state == st.HOOKED:
+            vm.has_left = False
         telling.tell_outcome(vm, *before, outcome)
+        self._warn(vm, outcome.warning)
         if outcome.channel is not None:
             self._retries.came(vm)
         if not self._channels.watch(vm, outcome):
@@ -265,6 +282,7 @@ class Keeper:
 
     def _tool_left(self, vm: Vm) -> None:
         self._metrics.tool_left()
+        vm.has_left = True
         record = vm.record
         if self._records.note_departure(vm) and record is not None:
             telling.tell_departure(vm, record)

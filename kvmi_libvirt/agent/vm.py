@@ -28,10 +28,12 @@ class Vm:
         task     looks at it as long as it is due
         record   what is recorded about it, as far as is known here
         error    what the last job failed with
+        warning  what is wrong with it though it is hooked
+        has_left its tool has gone, and it was not hooked again since
 
     Of channels:
         channel  our copy of its channel, as watched; None where it cannot be watched
-        closed   set when the channel ends, while somebody waits for that
+        parting  while its tool is waited for to let go: whether that is over
         pidfd    of its process, as watched
         process  id and start time of that process
 
@@ -51,9 +53,11 @@ class Vm:
     task: asyncio.Task[None] | None = None
     record: VmState | None = None
     error: str | None = None
+    warning: str | None = None
+    has_left: bool = False
 
     channel: int | None = None
-    closed: asyncio.Event | None = None
+    parting: asyncio.Future[bool] | None = None
     pidfd: int | None = None
     process: tuple[int, int] | None = None
 

@@ -16,6 +16,7 @@ from kvmi_libvirt.introspect.seeing import (
     look_at,
     process_runs,
     public_fields,
+    unwatched_vcpus,
     verified,
 )
 from kvmi_libvirt.introspect.unhooking import (
@@ -47,5 +48,6 @@ __all__ = [
     "take_leave",
     "unhook_unrecorded",
     "unhook_vm",
+    "unwatched_vcpus",
     "verified",
 ]

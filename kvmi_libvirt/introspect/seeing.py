@@ -103,7 +103,8 @@ def verified(recorded: VmState, process: Process | None = None) -> VmState:
         return recorded
     try:
         if channel_is_open(recorded):
-            return recorded if process is None else _with_hotplug(recorded, process)
+            warning = None if process is None else unwatched_vcpus(recorded, process)
+            return recorded if warning is None else dataclasses.replace(recorded, error=warning)
     except StateError as error:
         return dataclasses.replace(recorded, error=str(error))
     return dataclasses.replace(
@@ -113,19 +114,27 @@ def verified(recorded: VmState, process: Process | None = None) -> VmState:
     )
 
 
-def _with_hotplug(recorded: VmState, process: Process) -> VmState:
+def unwatched_vcpus(recorded: VmState, process: Process | None = None) -> str | None:
+    """Return what is to be said of vCPUs that were added after a VM was hooked, None for none.
+
+    Parameters
+        process  the VM's, if it is at hand; borrowed
+    """
     try:
+        if process is None:
+            with Process(Pid(recorded.pid)) as found:
+                is_it = is_same_process(recorded, found)
+                return unwatched_vcpus(recorded, found) if is_it else None
         vcpus = process.vm_fds(allow_standin=True).vcpu_count
     except KvmiLibvirtError:
-        return recorded
+        return None
     if not recorded.vcpus or vcpus <= recorded.vcpus:
-        return recorded
-    warning = (
+        return None
+    return (
         f"{vcpus - recorded.vcpus} of its vCPUs were added after it was hooked and are not "
         "watched; a kernel with the original KVMI patches can crash when the tool leaves: "
         "shut the VM down, or keep the tool running"
     )
-    return dataclasses.replace(recorded, error=warning)
 
 
 def interrupted(left: st.Leftover, state: StateDir) -> VmState | None:

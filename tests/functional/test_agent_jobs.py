@@ -273,8 +273,12 @@ def test_a_tool_that_asked_for_it_is_told_first_and_given_its_time(desk: Desk) -
     assert desk.tool.asked(vm.uuid) == 1
     desk.has_made(vm, "PREUNHOOK")
     assert desk.allowed(vm) == {INFO, CONTROL}  # what it has to undo, it can
-    # It has had its time.
     inode = str(desk.record(vm).socket_inode)
+    # Looked at again meanwhile, it is neither asked twice nor put out.
+    meanwhile = desk.look(vm, asked=inode, has_time="yes")
+    assert (meanwhile.step, meanwhile.leaving_s) == (Step.LEAVE.value, 7)
+    assert desk.allowed(vm) == {INFO, CONTROL}
+    # It has had its time.
     end = desk.look(vm, asked=inode)
     assert (end.step, end.leaving_s) == (Step.UNHOOK.value, None)
     assert desk.tool.asked(vm.uuid) == 1

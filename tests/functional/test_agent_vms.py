@@ -166,6 +166,37 @@ def calls(trace: Path, vm: StandIn) -> list[str]:
     ]
 
 
+def test_a_policy_that_is_back_before_the_tool_let_go_counts_at_once(
+    tmp_path: Path, programs: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    with (
+        site(tmp_path, programs, options=["--trace", str(trace)]) as host,
+        PatientTool(host.tool_path) as tool,
+    ):
+        host.assign(commands=(INFO, CONTROL), events=(UNHOOK,), unhook_s=600)
+        host.agent.start()
+        (vm,) = host.boot("vm")
+        host.wait_rights(vm, rights=(INFO, CONTROL, UNHOOK))
+        tool.subscribe(vm.uuid, lets_go=False)
+        write_policy(tmp_path)
+        host.agent.reload()
+        host.agent.wait(lambda: tool.asked(vm.uuid) == 1, what="it is asked to let go")
+        # What changes nothing about that is no reason to ask again, or not to wait.
+        host.agent.reload()
+        host.agent.wait(lambda: host.log().count("SIGHUP") == 2, what="the policy is read again")
+        host.wait_rest()
+        assert tool.asked(vm.uuid) == 1
+        made(trace, vm, "PREUNHOOK")
+        # It has ten minutes; nobody waits for them to pass.
+        host.assign(commands=(CONTROL,), events=(UNHOOK,), unhook_s=600)
+        host.wait_rights(vm, rights=(CONTROL, UNHOOK))
+        assert host.allows(tool, vm) == {CONTROL}
+        tool.drop(vm.uuid)
+        host.agent.wait(lambda: tool.connected() == [vm.uuid], what="it is called again")
+        host.wait_rights(vm, rights=(CONTROL, UNHOOK))
+
+
 def test_a_vm_that_ends_while_its_tool_is_asked_to_let_go_is_forgotten(
     host: Site, tool: PatientTool
 ) -> None:
