@@ -22,7 +22,6 @@ from kvmi_libvirt import state as st
 from kvmi_libvirt.agent.decide import FINAL, TOOL_HAS_GONE, Seen, Step, next_step
 from kvmi_libvirt.errors import (
     KvmiLibvirtError,
-    PlanError,
     PolicyError,
     StateError,
     TargetGone,
@@ -260,19 +259,14 @@ class Jobs:
             self._take_off(process, record, policy)
 
     def _change(self, process: Process, uuid: str, policy: Policy, host: HostPolicy) -> None:
-        try:
-            record = introspect.change_vm(
-                process,
-                uuid,
-                policy,
-                state=self._state,
-                keeps_adjusted=True,
-                ceiling=host.ceiling,
-            )
-        except PlanError:
-            # The kernel lacks some of it; what it does not allow any more goes all the same.
-            introspect.lower_vm(process, uuid, policy, state=self._state)
-            raise
+        record = introspect.follow_policy(
+            process,
+            uuid,
+            policy,
+            state=self._state,
+            keeps_adjusted=True,
+            ceiling=host.ceiling,
+        )
         self._note(record)
 
     def _tidy(self, process: Process, uuid: str, seen: Seen) -> None:

@@ -370,7 +370,7 @@ def test_a_deny_that_comes_while_a_look_is_on_its_way_is_not_undone(
     vm = desk.boot()
     element = desk.element(INFO, READ)
     desk.look(vm, element)
-    really = introspect.change_vm
+    really = introspect.follow_policy
 
     def late(*arguments: object, **more: object) -> VmState:
         # What was recorded has been read; the VM's lock is not held yet.
@@ -378,7 +378,7 @@ def test_a_deny_that_comes_while_a_look_is_on_its_way_is_not_undone(
         desk.by_hand(vm, READ, allow=False)
         return really(*arguments, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(introspect, "change_vm", late)
+    monkeypatch.setattr(introspect, "follow_policy", late)
     desk.look(vm, element)
     assert desk.allowed(vm) == {INFO}
     assert desk.record(vm).adjusted == (f"-{READ}",)
