@@ -44,7 +44,8 @@ class VmState:
 
     ``commands`` and ``events`` are the canonical names granted beyond what is
     always allowed. ``start_ticks`` (clock ticks after boot) makes ``pid`` unique.
-    ``socket_inode`` is the channel's, 0 when there is none. ``all_ids`` holds
+    ``socket_inode`` is the channel's, 0 when there is none, ``network`` the inode of the
+    network namespace in which it was made (0: not known). ``all_ids`` holds
     "commands" and "events" where all ids were granted, those without a name too.
     ``policy`` is the digest of the policy last acted upon, ``adjusted`` what was
     allowed and denied by hand since, ``secret`` the name of the one the tool proved
@@ -75,6 +76,7 @@ class VmState:
     unhook_s: int = 60
     unsure_commands: tuple[int, ...] = ()
     unsure_events: tuple[int, ...] = ()
+    network: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from kvmi_libvirt.errors import (
     StateError,
     TargetUnsuitable,
 )
-from kvmi_libvirt.introspect.calling import tool_channel
+from kvmi_libvirt.introspect.calling import Channel, tool_channel
 from kvmi_libvirt.introspect.probing import SESSION_S, probe_revision, tell_what_is_left_out
 from kvmi_libvirt.introspect.records import (
     LOCK_S,
@@ -101,12 +101,14 @@ def hook_vm(
             take_off_leftovers(process, domain.uuid, fds, state)
             dead = None
             effective = adjust(policy, adjusted, ceiling)
-            with _tool_channel_of(process, domain, effective, fds) as (abi, sock):
+            with _tool_channel_of(process, domain, effective, fds) as (abi, channel):
+                sock = channel.sock
                 plan = make_plan(effective, abi, None)
                 report = _hook_locked(process, domain, plan, fds, sock, state)
                 record = dataclasses.replace(
                     new_record(process, domain, policy, state=st.HOOKED, abi=abi.name),
                     socket_inode=os.fstat(sock.fileno()).st_ino,
+                    network=channel.network,
                     vcpus=fds.vcpu_count,
                     adjusted=adjusted,
                 )
@@ -122,7 +124,12 @@ def hook_vm(
                 adjusted=adjusted,
             )
             if dead is not None:  # its hook is still on, and must come off next time
-                record = dataclasses.replace(record, abi=dead.abi, socket_inode=dead.socket_inode)
+                record = dataclasses.replace(
+                    record,
+                    abi=dead.abi,
+                    socket_inode=dead.socket_inode,
+                    network=dead.network,
+                )
             with contextlib.suppress(StateError):
                 state.save(record)
             raise
@@ -199,13 +206,13 @@ def _kept(process: Process, uuid: str, policy: Policy, state: StateDir) -> tuple
 @contextlib.contextmanager
 def _tool_channel_of(
     process: Process, domain: Domain, policy: Policy, fds: VmFds
-) -> Iterator[tuple[KvmiAbi, socket.socket]]:
+) -> Iterator[tuple[KvmiAbi, Channel]]:
     # What the kernel cannot do is found before the tool is called.
     abi = probe_revision(process, fds, pin=policy.kernel_abi)
     make_plan(policy, abi, None)
     tell_what_is_left_out(domain.name, policy, abi)
-    with tool_channel(process, domain, policy, abi) as sock:
-        yield abi, sock
+    with tool_channel(process, domain, policy, abi) as channel:
+        yield abi, channel
 
 
 def _hook_locked(

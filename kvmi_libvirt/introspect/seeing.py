@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from typing import TYPE_CHECKING, Final
@@ -15,6 +16,7 @@ from kvmi_libvirt.errors import (
 )
 from kvmi_libvirt.introspect.records import is_same_process
 from kvmi_libvirt.newtypes import Pid
+from kvmi_libvirt.qemu.network import current_network, network_of
 from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.sockdiag import (
     tcp_stream_is_connected,
@@ -23,6 +25,8 @@ from kvmi_libvirt.sockdiag import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvmi_libvirt.state import StateDir, VmState
 
 logger = logging.getLogger(__name__)
@@ -49,21 +53,41 @@ def look_at(recorded: VmState) -> VmState | None:
 def channel_is_open(recorded: VmState) -> bool:
     """Say whether the tool of a hooked VM is still there.
 
-    KVM's ioctls keep succeeding after the tool is gone, so the socket is asked.
+    KVM's ioctls keep succeeding after the tool is gone, so the socket is asked, in the
+    network namespace in which it was made: in any other there is none of that number.
 
     Raises
-        StateError  the kernel cannot tell for sockets of that kind.
+        StateError  the kernel cannot tell for sockets of that kind, or not from here.
     """
     kind = (recorded.source or "").partition(":")[0]
     ask = _ASK.get(kind, unix_stream_is_connected)
     try:
-        return ask(recorded.socket_inode)
+        with _network_of_channel(recorded):
+            return ask(recorded.socket_inode)
     except OSError as error:
         module = {"vsock": "vsock_diag", "tcp": "tcp_diag"}.get(kind, "unix_diag")
         raise StateError(
             f"cannot tell whether the channel is open: {error.strerror or error} "
             f"(is the kernel module {module} there?)"
         ) from error
+
+
+@contextlib.contextmanager
+def _network_of_channel(recorded: VmState) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            if recorded.network not in (0, current_network()):
+                stack.enter_context(network_of(Pid(recorded.pid)))
+            is_there = recorded.network in (0, current_network())
+            why = ""
+        except OSError as error:
+            is_there, why = False, f", which cannot be entered: {error.strerror}"
+        if not is_there:
+            raise StateError(
+                "cannot tell whether the channel is open: it was made in another network "
+                f"namespace (net:[{recorded.network}]){why}"
+            )
+        yield
 
 
 def is_closed(recorded: VmState) -> bool:

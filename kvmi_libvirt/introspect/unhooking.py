@@ -90,6 +90,7 @@ def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmStat
             since=st.now_text(),
             error=None,
             socket_inode=0,
+            network=0,
             all_ids=(),
             adjusted=(),
             unsure_commands=(),
