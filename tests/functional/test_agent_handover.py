@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -36,6 +35,7 @@ from agent_harness import (
 )
 from agent_rig import Wanted, domain_xml, write_policy
 from fleet import StandIn
+from hook_copy import hook_copy
 from patient_tool import PatientTool
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ __all__ = ["host", "own", "programs", "running", "tool"]
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp, pytest.mark.ptrace]
 
-SCRIPT: Final = Path(__file__).resolve().parents[2] / "hooks" / "qemu.d" / "50-kvmi-libvirt"
 TOO_LONG_S: Final = 45.0
 """Below what the script waits for an agent that said it would do it."""
 
@@ -81,13 +80,7 @@ sys.exit(hook.main(sys.argv[4:]))
             "HOST_POLICY": str(directory / "host-policy.xml"),
             **constants,
         }
-        text = SCRIPT.read_text(encoding="utf-8")
-        for name, value in replaced.items():
-            text, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", text)
-            assert count == 1, name
-        self.path = directory / "50-kvmi-libvirt"
-        self.path.write_text(text, encoding="utf-8")
-        self.path.chmod(0o755)
+        self.path = hook_copy(directory, **replaced)
 
     def __call__(
         self, vm: StandIn, operation: str, metadata: str = "", *, within_s: float = TOO_LONG_S
