@@ -144,13 +144,13 @@ def _starts(site: _Site) -> Iterator[Figure]:
         unit="s",
         what=f"the slowest of their hook calls; the slowest of {STARTS} python3 -IS -c pass at "
         f"once took {max(python_s):.2f}",
+        limit=5.0,
     )
     yield Figure(
         key="agent_50_starts_vs_python",
         value=all_s / all_python_s,
         unit="x",
         what=f"all of them, handshakes included, against {STARTS} python3 -IS -c pass at once",
-        limit=3.0,
     )
 
 
