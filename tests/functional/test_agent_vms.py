@@ -403,6 +403,28 @@ class Manager:
             os.close(self.fds.pop(fields["FDNAME"]))
 
 
+def test_a_service_manager_is_told_how_the_agent_is(tmp_path: Path, programs: Path) -> None:
+    address = tmp_path / "notify"
+    environment = {"NOTIFY_SOCKET": str(address), "WATCHDOG_USEC": "200000"}
+    with site(tmp_path, programs) as host, Manager(address) as manager:
+        write_policy(tmp_path)
+        host.agent.start(environment=environment)
+
+        def heard(*wanted: str) -> bool:
+            """Say whether these came, in this order; others may lie between."""
+            manager.kept()
+            said = iter([text.split("\n")[0] for text in manager.said])
+            return all(text in said for text in wanted)
+
+        served = ("READY=1", "WATCHDOG=1", "WATCHDOG=1")
+        host.agent.wait(lambda: heard(*served), what="it is ready, and lives")
+        host.agent.reload()
+        reread = (*served, "RELOADING=1", "READY=1", "WATCHDOG=1")
+        host.agent.wait(lambda: heard(*reread), what="it reads its policy again")
+        host.agent.stop()
+        assert heard(*reread, "STOPPING=1")
+
+
 def test_an_agent_whose_worker_parent_is_killed_ends_with_a_reason(own: Site) -> None:
     own.assign()
     with PatientTool(own.tool_path) as tool:
