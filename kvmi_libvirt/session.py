@@ -13,12 +13,10 @@ import ctypes
 import errno
 import logging
 import socket
-import struct
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt import linux
 from kvmi_libvirt.abi.kvmi import (
     KVM_CHECK_EXTENSION,
     PROBE_ID,
@@ -39,7 +37,7 @@ from kvmi_libvirt.errors import (
     UnsupportedByKernel,
 )
 from kvmi_libvirt.qemu.rehearsal import NO_VM, rehearse
-from kvmi_libvirt.qemu.remote import RECEIVED_FD_OFFSET, Remote, socket_link
+from kvmi_libvirt.qemu.remote import RECEIVED_FD_OFFSET, Remote, half_of_pair, socket_link
 from kvmi_libvirt.qemu.tracee import attach_parked
 
 if TYPE_CHECKING:
@@ -410,16 +408,7 @@ def leftover_sockets(
 
 def _is_pair_of(process: Process, fd: RemoteFd) -> bool:
     try:
-        local = linux.pidfd_getfd(process.pidfd, fd)
+        with half_of_pair(process, fd) as pair:
+            return pair is not None
     except OSError:
         return False
-    with socket.socket(fileno=local) as sock:
-        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-            return False
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        creator = struct.unpack("3i", raw)[0]
-        try:
-            nameless = not sock.getsockname() and not sock.getpeername()
-        except OSError:  # its other end is closed: then it was half of a pair, or is gone anyway
-            nameless = not sock.getsockname()
-        return creator == process.pid and nameless
