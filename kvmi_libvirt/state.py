@@ -52,7 +52,8 @@ class VmState:
     to know, ``vcpus`` how many vCPUs there were at the hook (0: not known),
     ``unhook_s`` how many seconds a tool gets that is asked to let go. Of the ids in
     ``unsure_commands`` and ``unsure_events`` it is not known whether they are allowed:
-    a session that changed them did not live to tell.
+    a session that changed them did not live to tell. ``leaving``: its tool was asked by hand
+    to let go; when it has, the VM is to be unhooked and not hooked again.
     """
 
     domain: str
@@ -77,6 +78,7 @@ class VmState:
     unsure_commands: tuple[int, ...] = ()
     unsure_events: tuple[int, ...] = ()
     network: int = 0
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,6 +331,8 @@ def _fits(item: object, annotation: str) -> bool:
     }
     if annotation == "int":
         return type(item) is int and 0 <= item < 1 << 63
+    if annotation == "bool":
+        return type(item) is bool
     if annotation in kinds:
         return isinstance(item, kinds[annotation])
     element = str if "str" in annotation else int

@@ -23,6 +23,7 @@ from kvmi_libvirt.agent.decide import FINAL, TOOL_HAS_GONE, Seen, Step, next_ste
 from kvmi_libvirt.errors import (
     KvmiLibvirtError,
     PolicyError,
+    SessionError,
     StateError,
     TargetGone,
     TargetNotFound,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOCK_S: Final = 5.0
+_ATTEMPTS: Final = 3
 SLOW_RETRY_S: Final = 60.0
 """Between tries of what only something else than time is likely to mend."""
 
@@ -143,7 +145,7 @@ class Jobs:
             elif job == "early":
                 self._early(argument, xml)
             else:
-                self._reconcile(argument, xml)
+                self._reconcile_surely(argument, xml)
         except (TargetGone, TargetNotFound):
             self._outcome.is_gone = True
         except (KvmiLibvirtError, OSError) as error:
@@ -190,6 +192,19 @@ class Jobs:
 
     # -- wanted against actual -------------------------------------------------------
 
+    def _reconcile_surely(self, argument: dict[str, str], xml: bytes) -> None:
+        # What somebody does by hand while we decide must not be undone by us.
+        for _ in range(_ATTEMPTS):
+            try:
+                self._reconcile(argument, xml)
+            except SessionError as error:
+                if error.kind != introspect.OVERTAKEN:
+                    raise
+                self._outcome = Outcome()
+            else:
+                return
+        raise SessionError("it is changed all the time by somebody else")
+
     def _reconcile(self, argument: dict[str, str], xml: bytes) -> None:
         name, uuid = argument["name"], argument["uuid"]
         with open_domain(name, uuid, run_dir=self._places.run_dir) as process:
@@ -221,6 +236,8 @@ class Jobs:
             except (TargetGone, TargetNotFound):
                 raise
             except KvmiLibvirtError as error:
+                if getattr(error, "kind", None) == introspect.OVERTAKEN:
+                    raise
                 self._failed(error)
                 self._plan_retry(error, process, uuid, policy)
 
@@ -246,6 +263,7 @@ class Jobs:
                 allow_standin=self._places.allow_standin,
                 keeps_adjusted=True,
                 ceiling=host.ceiling,
+                still=lambda now: now == record,
                 on_hooked=self._keep_channel,
             )
         elif step is Step.CHANGE:
@@ -305,8 +323,12 @@ class Jobs:
         # The policy that is next acted upon must count as new, unless it was this one
         # that ended the introspection: a tool that went away and is not called again.
         is_end = policy is not None and policy.reconnect_s is None
-        done = introspect.unhook_vm(process, record, state=self._state)
-        if is_end and policy is not None and record.policy == digest(policy):
+        done = introspect.unhook_vm(
+            process, record, state=self._state, still=lambda now: now == record
+        )
+        if record.leaving:
+            pass  # by hand: the policy that it had was acted upon
+        elif is_end and policy is not None and record.policy == digest(policy):
             done = dataclasses.replace(done, state=st.FAILED, error=TOOL_HAS_GONE)
         else:
             done = dataclasses.replace(done, policy="")
@@ -352,6 +374,8 @@ class Jobs:
         except (TargetGone, TargetNotFound):
             raise
         except KvmiLibvirtError as error:
+            if getattr(error, "kind", None) == introspect.OVERTAKEN:
+                raise
             self._failed(error)
             self._outcome.retry_s = SLOW_RETRY_S
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from kvmi_libvirt.introspect.changing import change_vm, follow_policy, lower_vm
 from kvmi_libvirt.introspect.hooking import ALREADY_HOOKED, OnHooked, hook_vm, record_failure
 from kvmi_libvirt.introspect.probing import SESSION_S, probe_revision
-from kvmi_libvirt.introspect.records import abi_of, is_same_process
+from kvmi_libvirt.introspect.records import OVERTAKEN, abi_of, is_same_process
 from kvmi_libvirt.introspect.seeing import (
     channel_is_open,
     interrupted,
@@ -29,6 +29,7 @@ from kvmi_libvirt.introspect.unhooking import (
 
 __all__ = [
     "ALREADY_HOOKED",
+    "OVERTAKEN",
     "SESSION_S",
     "OnHooked",
     "abi_of",

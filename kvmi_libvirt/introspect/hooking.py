@@ -33,6 +33,7 @@ from kvmi_libvirt.introspect.records import (
     is_same_process,
     load_record,
     new_record,
+    require_still,
     with_grants,
 )
 from kvmi_libvirt.introspect.seeing import channel_is_open
@@ -73,6 +74,7 @@ def hook_vm(
     allow_standin: bool = False,
     keeps_adjusted: bool = False,
     ceiling: Ceiling | None = None,
+    still: Callable[[VmState | None], bool] | None = None,
     on_hooked: OnHooked | None = None,
 ) -> VmState:
     """Hook the VM in *process* with exactly the rights of *policy*; record the result.
@@ -86,14 +88,18 @@ def hook_vm(
         allow_standin  also serve a stand-in VM process without KVM
         keeps_adjusted what was changed by hand on top of this very policy is kept
         ceiling        what is kept may not go above it
+        still          asked with what is recorded when nobody else may change it any more,
+                       whether that is what was decided on
         on_hooked      called with the record, what the session did, and our copy of the
                        channel, which is closed afterwards
     Returns
         the recorded state, "hooked"
     Raises
-        KvmiLibvirtError  recorded as "failed", except when the VM is hooked already
+        KvmiLibvirtError  recorded as "failed", except when the VM is hooked already, or
+                          *still* says no
     """
     with state.locked(domain.uuid, deadline=time.monotonic() + LOCK_S):
+        require_still(process, domain.uuid, state, still)
         dead = _require_unhooked(process, domain, state)
         adjusted = _kept(process, domain.uuid, policy, state) if keeps_adjusted else ()
         try:

@@ -17,11 +17,19 @@ from kvmi_libvirt.errors import (
     StateError,
 )
 from kvmi_libvirt.introspect.probing import SESSION_S
-from kvmi_libvirt.introspect.records import LOCK_S, abi_of, is_same_process, load_record
+from kvmi_libvirt.introspect.records import (
+    LOCK_S,
+    abi_of,
+    is_same_process,
+    load_record,
+    require_still,
+)
 from kvmi_libvirt.introspect.seeing import is_closed
 from kvmi_libvirt.qemu.process import Process
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmi_libvirt.qemu.process import VmFds
     from kvmi_libvirt.state import StateDir, VmState
 
@@ -63,6 +71,7 @@ def take_leave(process: Process, recorded: VmState, *, state: StateDir) -> VmSta
     Returns
         the recorded state, "unhooked"
     """
+    _mark_leaving(process, recorded, state)
     if ask_to_leave(process, recorded, state=state):
         deadline = time.monotonic() + recorded.unhook_s
         # The channel is the kernel's alone: there is nothing to wait on, only to ask.
@@ -71,13 +80,29 @@ def take_leave(process: Process, recorded: VmState, *, state: StateDir) -> VmSta
     return unhook_vm(process, recorded, state=state)
 
 
-def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmState:
+def _mark_leaving(process: Process, recorded: VmState, state: StateDir) -> None:
+    # So that an agent that sees the tool go does not call it again.
+    with state.locked(recorded.uuid, deadline=time.monotonic() + LOCK_S):
+        now = load_record(state, recorded.uuid)
+        if now is not None and is_same_process(now, process) and now.socket_inode:
+            state.save(dataclasses.replace(now, leaving=True))
+
+
+def unhook_vm(
+    process: Process,
+    recorded: VmState,
+    *,
+    state: StateDir,
+    still: Callable[[VmState | None], bool] | None = None,
+) -> VmState:
     """Take introspection off the VM in *process* and record it.
 
     Parameters
         recorded  what ``state`` holds about the VM
+        still     as :func:`hook_vm` has it
     """
     with state.locked(recorded.uuid, deadline=time.monotonic() + LOCK_S):
+        require_still(process, recorded.uuid, state, still)
         process.require_traceable()
         fds = process.vm_fds(allow_standin=True)
         take_off(process, fds, abi_of(recorded))
@@ -91,6 +116,7 @@ def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmStat
             error=None,
             socket_inode=0,
             network=0,
+            leaving=False,
             all_ids=(),
             adjusted=(),
             unsure_commands=(),
