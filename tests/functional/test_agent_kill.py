@@ -88,6 +88,8 @@ class Storm:
         name = vm.name.encode()
         sock = socket.socket(socket.AF_UNIX)
         self._hooks.append(sock)
+        if len(self._hooks) > VMS:
+            self._hooks.pop(0).close()
         with contextlib.suppress(OSError):
             sock.connect(str(self.host.agent.state_dir / "agent.sock"))
             head = f"hook 1 {len(name)} {operation} {len(xml)}\n".encode()
