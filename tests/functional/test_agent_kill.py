@@ -38,6 +38,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.seccomp, pytest.mark.ptrace]
 
 VMS: Final = 20
 COUNTS: Final = (1, 2, 3, 5, 8, 13, 21) if SOAK else (2,)
+PATIENCE_S: Final = 300.0 if SOAK else WAIT_S
 MARK: Final = "KVMI_TEST_SITE"
 RIGHTS: Final = (INFO, CONTROL)
 
@@ -60,8 +61,17 @@ class Storm:
         """Start VMs; their hooks are not called."""
         return self.host.boot(*(f"vm{next(self._numbers)}" for _ in range(count)))
 
+    def hide_tool(self, *, is_hidden: bool) -> None:
+        """Let nobody find the tool, or everybody; its channels stay."""
+        path = self.host.tool_path
+        hidden = path.with_suffix(".hidden")
+        before, after = (path, hidden) if is_hidden else (hidden, path)
+        with contextlib.suppress(FileNotFoundError):
+            before.rename(after)
+
     def blow(self) -> None:
         """Let one thing of each kind happen."""
+        self.hide_tool(is_hidden=self._random.random() < 0.3)
         (new,) = self.boot(1)
         self.hand_over(new, "started")
         self.assign(is_wanted=True)
@@ -147,9 +157,10 @@ def _kill_once(host: Site, storm: Storm, point: str, count: int) -> None:
                     storm.blow()
             return process.poll() is not None
 
-        wait_until(blow, what=f"it dies at {point}", timeout_s=WAIT_S)
+        wait_until(blow, what=f"it dies at {point}:{count}", timeout_s=PATIENCE_S)
         assert process.returncode == -signal.SIGKILL
         agent.process = None
+    storm.hide_tool(is_hidden=False)
     died = host.directory / point
     assert died.exists(), host.log()[-2000:]
     died.unlink()
