@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -47,6 +48,14 @@ def ask_to_leave(process: Process, recorded: VmState, *, state: StateDir) -> boo
     """
     with state.locked(recorded.uuid, deadline=time.monotonic() + LOCK_S):
         process.require_traceable()
+        if not process.ignores(signal.SIGPIPE):
+            # The kernel sends it to the thread that asks a tool which has just gone. QEMU
+            # ignores it; whatever this is, it would not live to be unhooked.
+            logger.warning(
+                "domain %s: process %d does not ignore SIGPIPE; its tool is not asked to let go",
+                *(recorded.domain, process.pid),
+            )
+            return False
         fds = process.vm_fds(allow_standin=True)
         deadline = time.monotonic() + SESSION_S
         try:

@@ -30,14 +30,13 @@ from kvmi_libvirt.cli.rights import changed, read_names
 from kvmi_libvirt.errors import SessionError
 from kvmi_libvirt.policy.element import parse_domain
 from kvmi_libvirt.qemu import tracee
-from kvmi_libvirt.qemu.process import open_domain
+from kvmi_libvirt.qemu.process import Process, open_domain
 from kvmi_libvirt.state import StateDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from kvmi_libvirt.qemu.process import Process
     from kvmi_libvirt.session import Report
     from kvmi_libvirt.state import VmState
 
@@ -286,6 +285,21 @@ def test_a_tool_that_asked_for_it_is_told_first_and_given_its_time(desk: Desk) -
     assert desk.tool.asked(vm.uuid) == 1
     desk.has_made(vm, "UNHOOK")
     assert desk.record(vm).state == st.UNHOOKED
+
+
+def test_a_vm_that_the_asking_could_kill_is_unhooked_without_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = desk.boot()
+    desk.look(vm, desk.element(INFO, CONTROL, events=(UNHOOK,)))
+    assert desk.tool.subscribe(vm.uuid, lets_go=False) == 0
+    # QEMU ignores SIGPIPE, which PREUNHOOK raises where the tool has just gone.
+    monkeypatch.setattr(Process, "ignores", lambda _process, number: number != signal.SIGPIPE)
+    outcome = desk.look(vm)
+    assert (outcome.leaving_s, outcome.error) == (None, None)
+    assert desk.tool.asked(vm.uuid) == 0
+    desk.has_made(vm, "UNHOOK")
+    assert "PREUNHOOK" not in desk.ioctls(vm)
 
 
 def test_a_tool_that_did_not_ask_for_it_is_not_waited_for(desk: Desk) -> None:

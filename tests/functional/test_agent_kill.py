@@ -129,7 +129,7 @@ def test_whenever_the_agent_is_killed_the_next_makes_everything_right(host: Site
         for point, count in itertools.product(POINTS, COUNTS):
             _kill_once(host, storm, point, 1 if point == "started" else count)
             for vm in storm.vms():
-                assert host.is_alive(vm), f"{vm.name} was harmed at {point}"
+                assert host.is_alive(vm), f"{vm.name} was harmed at {point}:{count}"
             storm.assign(is_wanted=True)
             host.agent.start(environment=mark)
             host.wait_rights(*storm.vms(), rights=(*RIGHTS, UNHOOK))
