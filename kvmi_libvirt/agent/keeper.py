@@ -274,6 +274,9 @@ class Keeper:
             self._retries.plan(vm, outcome.retry_s)
         elif outcome.error is None:
             self._retries.begin_anew(vm)
+        ended, vm.ended = vm.ended, 0
+        if ended and vm.record is not None and vm.record.socket_inode == ended:
+            self._departed(vm)
         is_off = outcome.step == Step.UNHOOK.value or (
             outcome.step == Step.LEAVE.value and outcome.leaving_s is None
         )
@@ -281,6 +284,13 @@ class Keeper:
             vm.is_due = True  # another tool may be wanted now
 
     def _tool_left(self, vm: Vm) -> None:
+        if vm.turn.locked():
+            # Perhaps it is the job that ends the channel: its outcome will tell.
+            vm.ended = 0 if vm.record is None else vm.record.socket_inode
+        else:
+            self._departed(vm)
+
+    def _departed(self, vm: Vm) -> None:
         self._metrics.tool_left()
         vm.has_left = True
         record = vm.record

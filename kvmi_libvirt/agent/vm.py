@@ -30,6 +30,7 @@ class Vm:
         error    what the last job failed with
         warning  what is wrong with it though it is hooked
         has_left its tool has gone, and it was not hooked again since
+        ended    inode of its channel, if that ended while a job was under way
 
     Of channels:
         channel  our copy of its channel, as watched; None where it cannot be watched
@@ -55,6 +56,7 @@ class Vm:
     error: str | None = None
     warning: str | None = None
     has_left: bool = False
+    ended: int = 0
 
     channel: int | None = None
     parting: asyncio.Future[bool] | None = None

@@ -166,6 +166,26 @@ def calls(trace: Path, vm: StandIn) -> list[str]:
     ]
 
 
+def test_a_channel_that_the_agent_ends_is_no_tool_that_went(own: Site) -> None:
+    with PatientTool(own.tool_path) as tool:
+        own.assign()
+        vms = own.boot("first", "second", "third")
+        for _ in range(5):
+            own.wait_rights(*vms)
+            write_policy(own.directory)
+            own.agent.reload()
+            own.agent.wait(lambda: own.agent.ping()["unhooked"] == 3, what="all are unhooked")
+            own.wait_rest()
+            own.assign()
+        own.wait_rights(*vms)
+        assert "kvmi_libvirt_tool_departures_total 0.0" in own.agent.metrics()
+        assert "has closed its channel" not in own.log()
+        # And one that goes while nothing is done is one.
+        tool.drop(vms[0].uuid)
+        own.wait_log("domain first: the tool has closed its channel")
+        own.wait_rights(*vms)
+
+
 def test_a_policy_that_is_back_before_the_tool_let_go_counts_at_once(
     tmp_path: Path, programs: Path
 ) -> None:

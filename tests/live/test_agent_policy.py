@@ -105,8 +105,11 @@ def test_metadata_that_asks_for_a_secret_has_it_proven(
     )
     with host.secret(vm.name, b"open sesame"):
         set_metadata(vm, asking)
+        agent.wait(
+            lambda: "does not know the secret" in str(seen(agent, vm).get("error")),
+            what="the reason is told",
+        )
         wait_state(agent, vm, "waiting")
-        assert "does not know the secret" in seen(agent, vm)["error"]
         assert rights(agent, vm) == set()
         assert tool.wait(at_most=0, timeout_s=WAIT_S) == 0
         # One that needs no secret gets what it is to get.
