@@ -38,9 +38,11 @@ from kvmi_libvirt.introspect import (
     record_failure,
     verified,
 )
+from kvmi_libvirt.policy.demand import is_demanded
 from kvmi_libvirt.policy.digest import digest
+from kvmi_libvirt.policy.document import MAX_BYTES
 from kvmi_libvirt.policy.element import parse_domain
-from kvmi_libvirt.policy.host import load_host_policy
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH, load_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE, NAMESPACE_STEM, Mode
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.policy.secret import read_secret
@@ -150,11 +152,11 @@ class Hook:
 
     def _demands(self, xml: bytes) -> bool:
         # Where the host assigns a policy, its mode counts and not the element's. A host
-        # policy that cannot be read demands nothing of a domain without an element.
+        # policy that cannot be used demands what its text says it does.
         try:
             assignments = self._host().assignments
         except (KvmiLibvirtError, OSError):
-            assignments = ()  # told already: it is what is being judged
+            return self._text_demands(xml) or is_required(xml)
         if assignments:
             try:
                 domain = parse_domain(xml, source="", with_policy=False)
@@ -166,6 +168,14 @@ class Hook:
             if found is not None:
                 return found.policy.mode is Mode.REQUIRED
         return is_required(xml)
+
+    def _text_demands(self, xml: bytes) -> bool:
+        try:
+            domain = parse_domain(xml, source="", with_policy=False)
+            with open(self._host_policy or HOST_POLICY_PATH, "rb") as file:
+                return is_demanded(file.read(MAX_BYTES), domain)
+        except (KvmiLibvirtError, OSError):
+            return False
 
     def _host(self) -> HostPolicy:
         if self._host_policy is None:

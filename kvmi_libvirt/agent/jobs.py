@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvmi_libvirt import early, introspect
+from kvmi_libvirt import early, introspect, proxmoxfiles
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent.decide import FINAL, TOOL_HAS_GONE, Seen, Step, next_step
+from kvmi_libvirt.agent.managers import Libvirt, Manager, Proxmox
 from kvmi_libvirt.errors import (
     KvmiLibvirtError,
     PolicyError,
@@ -28,12 +29,12 @@ from kvmi_libvirt.errors import (
     TargetGone,
     TargetNotFound,
 )
-from kvmi_libvirt.hook import Hook, is_required
+from kvmi_libvirt.hook import Hook
 from kvmi_libvirt.policy.digest import digest
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH, load_host_policy
-from kvmi_libvirt.policy.model import DEFAULT_RECONNECT_S, Mode, parse_source
+from kvmi_libvirt.policy.model import DEFAULT_RECONNECT_S, parse_source
 from kvmi_libvirt.policy.resolve import decide
-from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR, open_domain
+from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
 from kvmi_libvirt.state import StateDir, VmState
 
 if TYPE_CHECKING:
@@ -60,11 +61,16 @@ _HOPELESS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where a host keeps what jobs need; tests use others."""
+    """Where a host keeps what jobs need; tests use others.
+
+    Parameters
+        proxmox  of a Proxmox VE node; None where libvirt runs the VMs
+    """
 
     state_dir: Path = st.STATE_DIR
     run_dir: Path = LIBVIRT_QEMU_RUN_DIR
     host_policy: Path = HOST_POLICY_PATH
+    proxmox: proxmoxfiles.Places | None = None
     allow_standin: bool = False
 
 
@@ -118,14 +124,24 @@ class Outcome:
 
 
 class Jobs:
-    """The jobs, for one set of places."""
+    """The jobs, for one set of places.
 
-    def __init__(self, places: Places) -> None:
+    Parameters
+        manager  who runs the VMs, if not whom the places tell of
+    """
+
+    def __init__(self, places: Places, *, manager: Manager | None = None) -> None:
         """Nothing is touched yet."""
         self._places = places
         self._state = StateDir(places.state_dir)
+        self._manager = manager or self._manager_of(places)
         self._started = 0.0
         self._outcome = Outcome()
+
+    def _manager_of(self, places: Places) -> Manager:
+        if places.proxmox is not None:
+            return Proxmox(places.proxmox, self._state)
+        return Libvirt(places.run_dir, places.host_policy)
 
     def run(self, job: str, argument: dict[str, str], xml: bytes) -> Outcome:
         """Do *job*, one of "operation", "early" and "reconcile"; never raises.
@@ -207,15 +223,18 @@ class Jobs:
 
     def _reconcile(self, argument: dict[str, str], xml: bytes) -> None:
         name, uuid = argument["name"], argument["uuid"]
-        with open_domain(name, uuid, run_dir=self._places.run_dir) as process:
+        with self._manager.open(name, uuid) as process:
             record = self._record_of(process, uuid)
             self._note(record)
             if record is not None and record.state == st.HOOKED:
                 self._outcome.warning = introspect.unwatched_vcpus(record, process)
+            if record is None and self._manager.is_being_started(process):
+                self._outcome.retry_s = DEFAULT_RECONNECT_S
+                return
             host: HostPolicy | None = None
             try:
-                host = load_host_policy(self._places.host_policy)
-                domain, policy = decide(xml, host, source=f"XML of domain '{name}'")
+                host = self._manager.host_policy(name)
+                domain, policy = self._manager.decide(process, name, xml, host)
             except PolicyError as error:
                 self._bad_policy(process, argument, xml, record, host, error)
                 return
@@ -354,8 +373,8 @@ class Jobs:
             return
         if record is not None and (record.error in FINAL or _by_hand(record)):
             return
-        mode = Mode.REQUIRED if is_required(xml) else Mode.OPTIONAL
         name, uuid = argument["name"], argument["uuid"]
+        mode = self._manager.demand(name, xml)
         introspect.record_failure(process, name, uuid, mode, error, state=self._state)
         self._note(self._record_of(process, uuid))
 

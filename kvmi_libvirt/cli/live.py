@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json
 from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import state_dir
@@ -24,6 +25,8 @@ from kvmi_libvirt.qemu.process import open_domain
 from kvmi_libvirt.state import HOOKED
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmi_libvirt.cli.target import Target
     from kvmi_libvirt.policy.limits import HostPolicy
     from kvmi_libvirt.policy.model import Policy
@@ -50,12 +53,15 @@ def apply_policy(target: Target) -> VmState:
         SessionError   it is not hooked, or by another tool; or a step failed
     """
     state = state_dir()
-    policy = _policy(target.process, target.uuid, target.domain_xml(), target.source, state)
+    policy = _policy(
+        target.process, target.uuid, lambda: target.decide()[1], target.host_policy, state
+    )
     if policy is None:
         text = "no introspection element, and no assignment of the host fits; to end its "
         text += "introspection, 'kvmi-libvirt unhook' it"
         raise PolicyRefused(text, source=target.source)
-    return follow_policy(target.process, target.uuid, policy, state=state)
+    with progress.shown(f"moving {target.name} to its policy"):
+        return follow_policy(target.process, target.uuid, policy, state=state)
 
 
 def follow(domain: str, uuid: str, *, uri: str) -> VmState | None:
@@ -75,21 +81,34 @@ def follow(domain: str, uuid: str, *, uri: str) -> VmState | None:
         if not is_same_process(recorded, process):
             return None
         source = f"XML of domain '{running.name}'"
-        policy = _policy(process, uuid, running.xml, source, state)
+        policy = _policy(
+            process,
+            uuid,
+            lambda: decide(running.xml, load_host_policy(), source=source)[1],
+            load_host_policy,
+            state,
+        )
         if policy is None:
-            return take_leave(process, recorded, state=state)
-        return follow_policy(process, uuid, policy, state=state)
+            with progress.shown(f"waiting for {recorded.source} to let {running.name} go"):
+                return take_leave(process, recorded, state=state)
+        with progress.shown(f"moving {running.name} to its policy"):
+            return follow_policy(process, uuid, policy, state=state)
 
 
-def _policy(process: Process, uuid: str, xml: bytes, source: str, state: StateDir) -> Policy | None:
-    host = load_host_policy()
+def _policy(
+    process: Process,
+    uuid: str,
+    decided: Callable[[], Policy | None],
+    host_policy: Callable[[], HostPolicy],
+    state: StateDir,
+) -> Policy | None:
     try:
-        return decide(xml, host, source=source)[1]
+        return decided()
     except PolicyError:
         # Whatever is wrong with it: what the host does not allow counts for everybody.
         recorded = state.load(uuid)
         if recorded is not None and recorded.state == HOOKED and is_same_process(recorded, process):
-            _hold_to(host, process, recorded, state)
+            _hold_to(host_policy(), process, recorded, state)
         raise
 
 

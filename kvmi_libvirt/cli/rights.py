@@ -8,12 +8,12 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.live import print_state
 from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
 from kvmi_libvirt.errors import ExitCode, PolicyRefused, PolicyValueError, UsageError
 from kvmi_libvirt.introspect import change_vm
 from kvmi_libvirt.policy.groups import GROUPS
-from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import Mode, Policy, Reason, Rights, parse_source
 from kvmi_libvirt.policy.rules import COMMANDS, EVENTS, canonical, unknown_right
 
@@ -56,13 +56,12 @@ def change(args: argparse.Namespace, *, allow: bool) -> ExitCode:
     if not args.names:
         raise UsageError("name what to change; 'kvmi-libvirt names' lists it")
     named = read_names(args.names)
-    if allow:
-        named = within_ceiling(named, load_host_policy())
+    with open_target(args) as target, progress.shown(f"changing the rights on {target.name}"):
+        granted = within_ceiling(named, target.host_policy()) if allow else named
 
-    def wanted(recorded: VmState) -> Policy:
-        return changed(recorded, named, allow=allow)
+        def wanted(recorded: VmState) -> Policy:
+            return changed(recorded, granted, allow=allow)
 
-    with open_target(args) as target:
         state = change_vm(target.process, target.uuid, wanted, state=state_dir())
     print_state(state, as_json=args.json)
     return ExitCode.OK
@@ -85,9 +84,8 @@ def read_names(names: list[str]) -> Named:
             events |= group.events
             grouped |= group.commands | group.events
         elif command is not None and command in COMMANDS.always_allowed:
-            raise PolicyValueError(
-                f"{command} is always allowed; it can be neither granted nor denied"
-            )
+            text = f"{command} is always allowed; it can be neither granted nor denied"
+            raise PolicyValueError(text).then("kvmi-libvirt names")
         elif command is not None:
             commands.add(command)
         elif event is not None:

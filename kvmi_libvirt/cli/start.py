@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json
 from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import state_dir
@@ -44,16 +47,20 @@ def run(args: argparse.Namespace) -> ExitCode:
     """
     if not libvirtio.is_local(args.connect):
         raise UsageError(f"{args.connect} is not this host, on which VMs are hooked")
-    with libvirtio.started_paused(args.domain, uri=args.connect) as domain:
+    with contextlib.ExitStack() as started:
+        with progress.shown(f"starting {args.domain}"):
+            paused = libvirtio.started_paused(args.domain, uri=args.connect)
+            domain = started.enter_context(paused)
         try:
-            state = _hooked(domain)
+            with progress.shown(f"hooking {domain.name}"):
+                state = _hooked(domain)
         except (KvmiLibvirtError, OSError) as error:
             return _judge(domain, error)
         domain.resume()
     if state is None:
         print(
             f"kvmi-libvirt: {domain.name} has no introspection: no element in its XML, and no "
-            "assignment of the host fits",
+            f"assignment of the host fits; next: kvmi-libvirt set {shlex.quote(domain.name)} FILE",
             file=sys.stderr,
         )
     elif args.json:
@@ -90,7 +97,11 @@ def _judge(running: PausedDomain, error: Exception) -> ExitCode:
             raise error
         raise TargetError(f"{running.name} was not started: {error}", pid=0) from error
     running.resume()
-    print(f"kvmi-libvirt: {running.name} runs without introspection: {error}", file=sys.stderr)
+    print(
+        f"kvmi-libvirt: {running.name} runs without introspection: {error}; "
+        f"next: kvmi-libvirt doctor {shlex.quote(running.name)}",
+        file=sys.stderr,
+    )
     return ExitCode(code)
 
 

@@ -108,6 +108,6 @@ def _require_secret(
     peer = peer_credentials(sock)
     who = f"process {peer.pid} of uid {peer.uid}" if peer is not None else "its end"
     where = policy.source.describe()
-    text = f"the tool at {where} ({who}) does not know the secret '{policy.secret}'"
+    text = f"the tool does not know the secret '{policy.secret}' ({where}; {who})"
     logger.warning("domain %s (%s): %s", domain.name, domain.uuid, text)
     raise HandshakeRefused(text)

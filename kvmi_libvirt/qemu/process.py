@@ -177,6 +177,10 @@ class Process:
                     boot = int(line.split()[1])
         return boot + self.start_ticks // os.sysconf("SC_CLK_TCK")
 
+    def age_s(self, boottime_s: float) -> float:
+        """Return for how long it has run at *boottime_s*, a time of CLOCK_BOOTTIME."""
+        return boottime_s - self.start_ticks / os.sysconf("SC_CLK_TCK")
+
     def command_line(self) -> list[str]:
         """Return the arguments it was started with; undecodable bytes are escaped."""
         raw = self.read("cmdline")

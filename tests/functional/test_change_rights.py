@@ -181,7 +181,7 @@ def test_tool_without_the_secret_gets_nothing_and_no_trace_of_it_is_left(
     state = StateDir(tmp_path / "state")
     with running_tool(tmp_path, b"open says me") as tool:
         first = policy(tool, {READ})
-        with pytest.raises(HandshakeRefused, match=r"process \d+ of uid \d+\) does not know"):
+        with pytest.raises(HandshakeRefused, match=r"know the secret .* process \d+ of uid \d+\)"):
             hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
     recorded = state.load(UUID)
     assert recorded is not None

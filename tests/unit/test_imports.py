@@ -35,6 +35,7 @@ SERVING: Final = (
     TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag", "beforehand"}
 )
 INSTALLING: Final = frozenset({"installer", "installation", "daemons", "snippets"})
+MACHINES: Final = frozenset({"commandline", "proxmoxfiles"})
 DOCTORING: Final = SERVING | INSTALLING | {"introspect", "bounded", "kernel", "hooklog", "doctor"}
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
@@ -43,6 +44,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "errors": frozenset(),
         "newtypes": frozenset(),
         "quoting": frozenset(),
+        "advice": frozenset({"errors", "quoting"}),
         "datafiles": frozenset({"errors"}),
         "abi": BASE | {"abi"},
         "linux": BASE | {"abi"},
@@ -79,7 +81,8 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "qmp": BASE,
         "commandline": frozenset({"policy"}),
         "proxmoxfiles": POLICY,
-        "proxmox": SERVING | {"introspect", "hooklog", "commandline", "proxmoxfiles", "qmp"},
+        "machines": TRACING | MACHINES | {"policy", "state", "introspect"},
+        "proxmox": SERVING | MACHINES | {"introspect", "hooklog", "machines", "qmp"},
         "installer": frozenset({"errors", "datafiles"}),
         "snippets": frozenset({"errors", "datafiles"}),
         "installation": frozenset({"errors", "datafiles", "installer"}),
@@ -87,7 +90,18 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "daemons": BASE | {"state"},
         "libvirtio": frozenset({"errors"}),
         "agent": SERVING
-        | {"", "introspect", "hook", "early", "libvirtio", "linux", "agent", "agentclient"},
+        | MACHINES
+        | {
+            "machines",
+            "",
+            "introspect",
+            "hook",
+            "early",
+            "libvirtio",
+            "linux",
+            "agent",
+            "agentclient",
+        },
         "agentclient": frozenset(),
         "agent.decide": frozenset({"policy.model", "state"}),
         "agent.frames": frozenset(),
@@ -99,7 +113,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
         "doctor": DOCTORING | {"", "libvirtio", "agentclient", "agent.settings"},
-        "cli": DOCTORING | {"", "libvirtio", "cli", "agentclient"},
+        "cli": DOCTORING | MACHINES | {"", "libvirtio", "cli", "agentclient", "advice", "machines"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
@@ -246,7 +260,7 @@ def test_the_checker_sees_every_kind_of_import() -> None:
     assert {item.target for item in own_imports("introspect.hooking")} >= {
         *("session", "worker", "state", "abi.kvmi", "errors", "policy.element"),
     }
-    assert {item.target for item in own_imports("cli")} == {"", "errors"}
+    assert {item.target for item in own_imports("cli")} == {"", "advice", "errors"}
     assert "emulator.launch" in {item.target for item in own_imports("cli.emulate")}
     assert next(i for i in own_imports("plan") if i.target == "policy.model").is_for_types_only
 
