@@ -4,6 +4,9 @@
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=KVMI_TEST_REQUIRE,CI)
 PYTEST_FLAGS ?=
 BENCH ?=
+# The tests that look at KVMI_SOAK, the shorter ones first.
+SOAK ?= tests/functional/test_emulator_fleet.py tests/functional/test_agent_kill.py \
+	tests/functional/test_agent_tools.py tests/live/test_early.py tests/live/test_session_kvm.py
 
 .PHONY: help demo test unit soak bench lint generated deb rpm test-packages walkthrough setup test-setup clean
 
@@ -11,7 +14,8 @@ help:
 	@echo "make demo     show it: a VM hooked with exactly its rights, and a refused start"
 	@echo "make test     set up and run all tests (as root: they use libvirt and ptrace)"
 	@echo "make unit     only the tests that need no privileges"
-	@echo "make soak     the long runs: every trace point, 1,000 kills, 10,000 rounds"
+	@echo "make soak     the long runs: every trace point, 1,000 kills, 10,000 rounds (hours;"
+	@echo "              SOAK=\"FILE ...\" for some of them)"
 	@echo "make lint     ruff, mypy --strict, and the schema checks"
 	@echo "make bench    measure; the figures go to bench/results.json"
 	@echo "make generated  completion and kvmi-libvirt(1) anew, from the command's options"
@@ -40,8 +44,7 @@ unit: test-setup
 	.venv/bin/pytest -p no:cacheprovider tests/unit $(PYTEST_FLAGS)
 
 soak: test-setup
-	$(SUDO) env KVMI_SOAK=1 .venv/bin/pytest -p no:cacheprovider tests/live/test_session_kvm.py \
-		$(PYTEST_FLAGS)
+	$(SUDO) env KVMI_SOAK=1 .venv/bin/pytest -p no:cacheprovider $(SOAK) $(PYTEST_FLAGS)
 
 bench: test-setup
 	$(SUDO) .venv/bin/python bench/run.py $(BENCH)

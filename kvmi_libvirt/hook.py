@@ -110,6 +110,8 @@ class Hook:
         self._watch_start = watch_start
         self._on_hooked = on_hooked
         self._allow_standin = allow_standin
+        self.failure: Exception | None = None
+        """What the last operation failed with, whether that was a reason for a veto or not."""
 
     def run(self, name: str, operation: str, xml: bytes) -> str | None:
         """Do what *operation* asks; return the reason of a veto, or None.
@@ -123,6 +125,7 @@ class Hook:
             known = Operation(operation)
         except ValueError:
             return None
+        self.failure = None
         try:
             if known in (Operation.PREPARE, Operation.MIGRATE, Operation.RESTORE):
                 self._check(name, xml)
@@ -135,6 +138,7 @@ class Hook:
             else:
                 self._forget(name, xml)
         except (KvmiLibvirtError, OSError) as error:
+            self.failure = error
             return self._judge(name, known, xml, error)
         return None
 

@@ -124,7 +124,7 @@ class _Agent:
             domains = self._domains(directories)
             stack.push_async_callback(domains.close)
             self._keeper: Keeper
-            metrics = Metrics(lambda: self._keeper.vms.values())
+            metrics = Metrics(lambda: self._keeper.vms)
             self._keeper = keeper = Keeper(
                 self._settings,
                 domains=domains,
@@ -137,7 +137,7 @@ class _Agent:
             )
             stack.push_async_callback(keeper.close)
             server = Server(
-                self._settings.socket_path, operate=keeper.operation, answer=self._answer
+                self._settings.socket_path, operate=keeper.hand_over.operation, answer=self._answer
             )
             await server.start()
             stack.push_async_callback(server.close)
@@ -185,7 +185,7 @@ class _Agent:
         answer: dict[str, Any] = {"version": VERSION, "ok": True, "pid": os.getpid()}
         if request.get("op") == "ping":
             counts = dict.fromkeys((st.HOOKED, st.WAITING, st.FAILED, st.UNHOOKED), 0)
-            for vm in self._keeper.vms.values():
+            for vm in self._keeper.vms:
                 if vm.record is not None:
                     counts[vm.record.state] += 1
             return {

@@ -15,6 +15,7 @@ from kvmi_libvirt.cli.target import state_dir
 from kvmi_libvirt.errors import ExitCode, StateError, TargetNotFound
 from kvmi_libvirt.introspect import interrupted, look_at, public_fields
 from kvmi_libvirt.quoting import counted
+from kvmi_libvirt.state import HOOKED
 
 if TYPE_CHECKING:
     import argparse
@@ -71,6 +72,8 @@ def _confirmed(state: VmState, told: dict[str, dict[str, Any]]) -> VmState | Non
     vm = told.get(state.uuid)
     if vm is None or (vm["pid"], vm["state"], vm["since"]) != (state.pid, state.state, state.since):
         return None
+    if state.state == HOOKED and not vm.get("watched"):
+        return None  # its tool may have gone since the agent last asked the kernel
     return dataclasses.replace(state, error=vm["error"])
 
 

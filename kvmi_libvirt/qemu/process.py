@@ -379,6 +379,16 @@ class Process:
                 return Pid(int(line.split()[1])) or None
         return None
 
+    def ignores(self, number: int) -> bool:
+        """Say whether the signal *number* does nothing to the process.
+
+        Source: SigIgn in proc_pid_status(5), a bit for each signal, the first for 1.
+        """
+        for line in self.read("status").splitlines():
+            if line.startswith(b"SigIgn:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+        return False
+
     def _executable_header(self) -> bytes:
         fd = self._open_entry("exe")
         try:
