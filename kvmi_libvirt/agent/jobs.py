@@ -28,7 +28,8 @@ from kvmi_libvirt.errors import (
     TargetGone,
     TargetNotFound,
 )
-from kvmi_libvirt.hook import Hook, is_required
+from kvmi_libvirt.hook import Hook
+from kvmi_libvirt.policy.demand import is_required
 from kvmi_libvirt.policy.digest import digest
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH, load_host_policy
 from kvmi_libvirt.policy.model import DEFAULT_RECONNECT_S, Mode, parse_source

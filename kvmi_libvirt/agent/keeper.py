@@ -27,7 +27,7 @@ from kvmi_libvirt.errors import KvmiLibvirtError, StateError
 from kvmi_libvirt.sockdiag import open_unix_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from kvmi_libvirt.agent.domains import Domains
     from kvmi_libvirt.agent.inotify import Directories
@@ -52,7 +52,7 @@ _LIST_AGAIN_S: Final = 5.0
 _CALL_AGAIN_S: Final = 1.0
 _FLAP_S: Final = 10.0
 _FLAP_BACKOFF: Final = Backoff(first_s=1.0, last_s=60.0)
-EARLY_S: Final = early.APPEAR_S + early.READY_S + JOB_S
+EARLY_S: Final = early.LONGEST_S + JOB_S
 _CHANNEL_PREFIX: Final = "channel-"
 
 
@@ -629,7 +629,7 @@ class Keeper:
                 ended.record = None
                 self._forget(ended)
         if outcome.early:
-            self._spawn(self._watch_start(name, uuid, xml))
+            await self._begin_watch(name, uuid, xml)
         return outcome.veto
 
     async def _started(self, name: str, uuid: str, xml: bytes) -> str | None:
@@ -662,9 +662,37 @@ class Keeper:
         self._metrics.operation(operation, outcome)
         return outcome
 
-    async def _watch_start(self, name: str, uuid: str, xml: bytes) -> None:
+    async def _begin_watch(self, name: str, uuid: str, xml: bytes) -> None:
+        # The hook is told only when a worker has it: that one goes on without us.
+        begun: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def tell(is_begun: bool) -> None:
+            if not begun.done():
+                begun.set_result(is_begun)
+
+        self._spawn(self._watch_start(name, uuid, xml, tell))
+        try:
+            is_begun = await asyncio.wait_for(begun, _TURN_S)
+        except asyncio.TimeoutError:
+            is_begun = False
+        if not is_begun:
+            raise KvmiLibvirtError("no worker to watch its start")
+
+    async def _watch_start(
+        self, name: str, uuid: str, xml: bytes, tell: Callable[[bool], None]
+    ) -> None:
         argument = {"name": name, "uuid": uuid}
-        outcome = await self._pool.run("early", argument, xml, timeout_s=EARLY_S, lane=Lane.START)
+        try:
+            outcome = await self._pool.run(
+                "early",
+                argument,
+                xml,
+                timeout_s=EARLY_S,
+                lane=Lane.START,
+                on_sent=lambda: tell(True),
+            )
+        finally:
+            tell(False)
         if outcome.record is None or outcome.channel is None:
             self._close_channel(outcome)
             if outcome.error is not None:

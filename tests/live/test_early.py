@@ -24,7 +24,7 @@ from support import wait_until
 
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
-from kvmi_libvirt.state import STATE_DIR, StateDir
+from kvmi_libvirt.state import STATE_DIR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,7 +124,7 @@ def test_early_is_in_force_before_the_first_instruction_and_without_it_is_not(
         )
     assert all(seconds < 0 for seconds in early)
     assert any(seconds > 0 for seconds in late)
-    assert not StateDir().is_start_marked(traced.uuid)
+    assert not (STATE_DIR / f"{traced.uuid}.early").exists()
 
 
 @pytest.mark.usefixtures("hooker")
@@ -174,7 +174,7 @@ def test_without_its_tool_an_early_start_is_refused_or_goes_on_unhooked(
         assert result.returncode == 0, result.stderr
         first_byte_s(traced)
         assert traced.state() == "running"
-    assert not StateDir().is_start_marked(traced.uuid)
+    assert not (STATE_DIR / f"{traced.uuid}.early").exists()
 
 
 @pytest.mark.usefixtures("hooker")

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from kvmi_libvirt import hook as hook_module
 from kvmi_libvirt import hooklog
 from kvmi_libvirt.errors import PolicyRefused, PolicySyntaxError
-from kvmi_libvirt.hook import VETO, Hook, Operation, is_required, main, read_xml, scan
+from kvmi_libvirt.hook import VETO, Hook, Operation, main, read_xml
 from kvmi_libvirt.newtypes import Pid
+from kvmi_libvirt.policy.demand import is_required, scan
 from kvmi_libvirt.policy.host import HostPolicy
 from kvmi_libvirt.policy.model import NAMESPACE
 from kvmi_libvirt.qemu.process import Process
@@ -622,17 +623,17 @@ def test_only_an_early_start_is_watched_and_marked_before(
     watched = []
 
     def watch(domain: Domain, _policy: Policy) -> None:
-        assert state.is_start_marked(UUID)
+        assert (state.path / f"{UUID}.early").exists()
         watched.append(domain.name)
 
     hook = Hook(state=state, run_dir=tmp_path, watch_start=watch)
     text = DOMAINS["required"].replace(b'mode="required"', b'mode="required" early="%s"')
     assert hook.run(NAME, "start", text % early.encode()) is None
     assert watched == wanted
-    assert state.is_start_marked(UUID) == (early == "yes")
+    assert (state.path / f"{UUID}.early").exists() == (early == "yes")
     for operation in ("stopped", "release"):
         assert hook.run(NAME, operation, text % early.encode()) is None
-    assert not state.is_start_marked(UUID)
+    assert not (state.path / f"{UUID}.early").exists()
 
 
 def test_a_required_early_start_that_cannot_be_watched_is_refused(tmp_path: Path) -> None:
