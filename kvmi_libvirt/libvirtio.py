@@ -264,7 +264,8 @@ def _said_by_libvirt(what: str, exit_code: ExitCode = ExitCode.UNSUPPORTED) -> I
     try:
         yield
     except libvirt.libvirtError as error:
-        failure = LibvirtError(f"{what}: {error}")
+        # What a hook said is part of it, with its end of line.
+        failure = LibvirtError(f"{what}: {' '.join(str(error).split())}")
         failure.exit_code = exit_code
         raise failure from error
 

@@ -165,10 +165,12 @@ def test_a_start_that_libvirt_refuses_is_just_told(traced: Vm) -> None:
     assert left_of(traced) == []
 
 
-@pytest.mark.parametrize("mode", ["required", "optional"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "mode"),
+    [(signal.SIGINT, "required"), (signal.SIGTERM, "optional"), (signal.SIGHUP, "required")],
+)
 def test_an_interruption_takes_the_start_back_and_says_so(
-    traced: Vm, has_hook: bool, mode: str, number: int
+    traced: Vm, has_hook: bool, number: int, mode: str
 ) -> None:
     define(traced, early=True, mode=mode, handshake_s=30)
     with PatientTool(traced.socket, answer_after_s=3.0 if has_hook else 25.0):
