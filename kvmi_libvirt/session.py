@@ -13,12 +13,10 @@ import ctypes
 import errno
 import logging
 import socket
-import struct
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt import linux
 from kvmi_libvirt.abi.kvmi import (
     KVM_CHECK_EXTENSION,
     PROBE_ID,
@@ -39,7 +37,7 @@ from kvmi_libvirt.errors import (
     UnsupportedByKernel,
 )
 from kvmi_libvirt.qemu.rehearsal import NO_VM, rehearse
-from kvmi_libvirt.qemu.remote import RECEIVED_FD_OFFSET, Remote, socket_link
+from kvmi_libvirt.qemu.remote import RECEIVED_FD_OFFSET, Remote, half_of_pair, socket_link
 from kvmi_libvirt.qemu.tracee import attach_parked
 
 if TYPE_CHECKING:
@@ -83,6 +81,7 @@ def probe(process: Process, vm_fd: RemoteFd, *, deadline: float) -> Report:
     Raises
         UnsupportedByKernel  no KVMI, or KVMI switched off; nothing was changed
         EmulatorGone         an emulated kernel whose supervisor has ended
+        RemoteCallTimeout    no answer: the kernel holds the VM's lock for another call
         TargetBusy           never found parked; nothing was touched
     """
     with attach_parked(process, deadline=deadline) as tracee:
@@ -106,6 +105,8 @@ _ERRORS: Final = {
 def _probe_one(remote: Remote, vm_fd: RemoteFd, request: int, feature: RemoteAddr) -> int:
     try:
         remote.ioctl("probe", vm_fd, request, feature)
+    except RemoteCallTimeout:  # no answer is not one of them
+        raise
     except RemoteSyscallError as error:
         return error.errno or 0
     return 0
@@ -114,8 +115,21 @@ def _probe_one(remote: Remote, vm_fd: RemoteFd, request: int, feature: RemoteAdd
 def _extension(remote: Remote, vm_fd: RemoteFd, capability: int) -> int:
     try:
         return remote.ioctl("KVM_CHECK_EXTENSION", vm_fd, KVM_CHECK_EXTENSION, capability)
+    except RemoteCallTimeout:
+        raise
     except RemoteSyscallError:
         return 0
+
+
+def _introspection(remote: Remote, name: str, vm_fd: RemoteFd, request: int, argument: int) -> None:
+    # Every introspection ioctl but the probes. No kernel with KVMI answers ENOSYS: that is
+    # what a system call gets that seccomp hands to a process which has ended.
+    try:
+        remote.ioctl(name, vm_fd, request, argument)
+    except RemoteSyscallError as error:
+        if error.errno == errno.ENOSYS:
+            raise EmulatorGone(Outcome.EMULATOR_GONE.value) from error
+        raise
 
 
 # -- hooking -----------------------------------------------------------------------------
@@ -232,8 +246,12 @@ def recover(
     applied = []
     with attach_parked(process, deadline=deadline) as tracee:
         remote = Remote(process, tracee)
-        remote.ioctl("KVM_INTROSPECTION_UNHOOK", vm_fd, request_unhook, 0)
-        applied.append("unhooked what an interrupted session had hooked")
+        try:
+            _introspection(remote, Ioctl.UNHOOK.value, vm_fd, request_unhook, 0)
+            applied.append("unhooked what an interrupted session had hooked")
+        except EmulatorGone as error:
+            # The hook went with it; what lies in QEMU did not.
+            applied.append(str(error))
         for fd in leftover_sockets(process, sockets_before, channel_inode):
             remote.close(fd)
             applied.append(f"closed leftover socket {fd}")
@@ -267,8 +285,12 @@ class _Run:
                 argument = feature
                 feature += _FEATURE_LEN
             try:
-                remote.ioctl(description, vm_fd, step.request, argument)
+                _introspection(remote, description, vm_fd, step.request, argument)
             except RemoteCallTimeout:
+                raise
+            except EmulatorGone:
+                self.is_hooked = False  # what was hooked went with it, and every right
+                self._applied.clear()
                 raise
             except RemoteSyscallError:
                 self.is_hooked = self.is_hooked and step.ioctl is not Ioctl.HOOK
@@ -314,7 +336,9 @@ def _pass_socket(remote: Remote, handover: _Handover, opened: list[RemoteFd]) ->
 
 def _undo_hook(remote: Remote, vm_fd: RemoteFd, abi: KvmiAbi) -> list[str]:
     try:
-        remote.ioctl("KVM_INTROSPECTION_UNHOOK", vm_fd, abi.request(Ioctl.UNHOOK), 0)
+        _introspection(remote, Ioctl.UNHOOK.value, vm_fd, abi.request(Ioctl.UNHOOK), 0)
+    except EmulatorGone:  # and the hook with it
+        return []
     except (KvmiLibvirtError, OSError) as error:
         logger.exception("undoing HOOK failed")
         return [f"the hook ({error})"]
@@ -340,7 +364,6 @@ def explain(error: RemoteSyscallError) -> str:
         errno.EEXIST: "the VM is hooked already, or its vCPUs have not run since it was unhooked",
         errno.EPERM: "KVM introspection is switched off in this kernel (kvm.introspection=0)",
         errno.ENOTTY: "the running kernel has no KVM introspection of this revision",
-        errno.ENOSYS: "the KVMI emulator of this VM has ended: restart the VM",
         errno.EFAULT: "the VM is not hooked",
         errno.ENOMEM: "the kernel is out of memory",
     }
@@ -352,10 +375,13 @@ def unhook(process: Process, vm_fd: RemoteFd, abi: KvmiAbi, *, deadline: float) 
     """Take introspection off the VM: the tool's socket is shut down, all rights end.
 
     Harmless on a VM that is not hooked. May wait in the kernel for the vCPUs.
+
+    Raises
+        EmulatorGone  the hook was an emulated kernel's, and has ended with it
     """
     with attach_parked(process, deadline=deadline) as tracee:
         remote = Remote(process, tracee)
-        remote.ioctl("KVM_INTROSPECTION_UNHOOK", vm_fd, abi.request(Ioctl.UNHOOK), 0)
+        _introspection(remote, Ioctl.UNHOOK.value, vm_fd, abi.request(Ioctl.UNHOOK), 0)
     return Report(
         abi=abi.name,
         applied=(Ioctl.UNHOOK.value,),
@@ -376,7 +402,8 @@ def preunhook(process: Process, vm_fd: RemoteFd, abi: KvmiAbi, *, deadline: floa
     with attach_parked(process, deadline=deadline) as tracee:
         remote = Remote(process, tracee)
         try:
-            remote.ioctl("KVM_INTROSPECTION_PREUNHOOK", vm_fd, abi.request(Ioctl.PREUNHOOK), 0)
+            request = abi.request(Ioctl.PREUNHOOK)
+            _introspection(remote, Ioctl.PREUNHOOK.value, vm_fd, request, 0)
         except RemoteCallTimeout:
             raise
         except RemoteSyscallError as error:
@@ -410,16 +437,7 @@ def leftover_sockets(
 
 def _is_pair_of(process: Process, fd: RemoteFd) -> bool:
     try:
-        local = linux.pidfd_getfd(process.pidfd, fd)
+        with half_of_pair(process, fd) as pair:
+            return pair is not None
     except OSError:
         return False
-    with socket.socket(fileno=local) as sock:
-        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-            return False
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        creator = struct.unpack("3i", raw)[0]
-        try:
-            nameless = not sock.getsockname() and not sock.getpeername()
-        except OSError:  # its other end is closed: then it was half of a pair, or is gone anyway
-            nameless = not sock.getsockname()
-        return creator == process.pid and nameless

@@ -46,6 +46,7 @@ class Args(TypedDict, total=False):
     padding: int
     uuid: str
     pointer: str
+    arg: str
 
 
 class Step(TypedDict, total=False):
@@ -94,23 +95,29 @@ class Machine(Protocol):
     def guest_memory(self, gpa: int, length: int) -> bytes:
         """Return what the guest has at *gpa*, looked at without the protocol."""
 
-    def tool_end(self) -> str | None:
-        """Say whether the tool's end is at "eof" or "open"; None when it cannot be told."""
+    def tool_end(self, *, is_patient: bool) -> str | None:
+        """Say whether the tool's end is at "eof", "open", or has "data" to read.
 
-    def send_into_the_end(self, data: bytes) -> str | None:
+        None when it cannot be told. Patient is who would rather wait for an end.
+        """
+
+    def send_into_the_end(self, data: bytes, *, is_patient: bool) -> str | None:
         """Send *data*, to which no reply comes; return "eof", "EPIPE" or "silence".
 
-        None when it cannot be told.
+        None when it cannot be told. Patient is who would rather wait for an end.
         """
 
     def hook(self, *, padding: int, uuid: bytes, is_socket: bool, kind: str) -> str | None:
         """Make HOOK with a new socket of *kind*, or with what is no socket."""
 
-    def simple(self, ioctl: Ioctl) -> str | None:
+    def simple(self, ioctl: Ioctl, argument: int) -> str | None:
         """Make UNHOOK or PREUNHOOK."""
 
     def exchange(self, pieces: list[bytes], length: int) -> bytes:
-        """Let the tool send *pieces* one by one; return the *length* bytes it then gets."""
+        """Let the tool send *pieces* one by one; return the *length* bytes it then gets.
+
+        A piece is sent when the one before was read; a packet comes whole.
+        """
 
 
 def steps(abi: KvmiAbi, *, introspection: bool = True) -> list[Step]:
@@ -178,13 +185,15 @@ def _play(machine: Machine, step: Step) -> tuple[object, object]:
         answer = machine.hook(padding=args["padding"], uuid=uuid, is_socket=is_socket, kind=kind)
         return step["errno"], answer
     if op in ("UNHOOK", "PREUNHOOK"):
-        return step["errno"], machine.simple(Ioctl[op])
+        return step["errno"], machine.simple(Ioctl[op], int(args.get("arg", "0"), 16))
     if op == "TOOL END":
-        return step["state"], machine.tool_end()
+        return step["state"], machine.tool_end(is_patient=step["state"] == "eof")
     if op == "GUEST MEMORY":
         return step["got"], machine.guest_memory(step["at"], len(step["got"]) // 2).hex()
     if "ends" in step:
-        return step["ends"], machine.send_into_the_end(bytes.fromhex(step["sent"]))
+        is_patient = step["ends"] != "silence"
+        sent = bytes.fromhex(step["sent"])
+        return step["ends"], machine.send_into_the_end(sent, is_patient=is_patient)
     if op == "EVENT MSG":
         return step["got"], machine.exchange([], len(step["got"]) // 2).hex()
     if op == "MSG":

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kvmi_libvirt.emulator.listener import Call, Listener
     from kvmi_libvirt.emulator.process import Process
     from kvmi_libvirt.emulator.registry import Registry, Vm
+    from kvmi_libvirt.emulator.standby import OpenCalls
     from kvmi_libvirt.emulator.trace import Trace
 
 _SET_REGION: Final = (KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2)
@@ -80,7 +81,7 @@ class Calls:
     """Answers the calls of one listener.
 
     Parameters
-        listener, registry, kernel, trace  borrowed
+        listener, registry, kernel, trace, open_calls  borrowed
         watch  called with a VM whenever something was done to its channel
         unwatch  called with a channel's fd just before it is closed
     """
@@ -91,6 +92,7 @@ class Calls:
         registry: Registry,
         kernel: Kernel,
         trace: Trace,
+        open_calls: OpenCalls,
         *,
         watch: Callable[[Vm], None],
         unwatch: Callable[[int], None],
@@ -99,6 +101,7 @@ class Calls:
         self._registry = registry
         self._kernel = kernel
         self._trace = trace
+        self._open_calls = open_calls
         self._watch = watch
         self._unwatch = unwatch
         self._locks: list[_Lock] = []
@@ -200,8 +203,10 @@ class Calls:
             self._registry.creating(process)
         elif call.request == KVM_CREATE_VCPU and kind is FdKind.VM:
             vm = self._registry.find(process, call.tid, call.fd)
+            same_mm = vm.is_owned_by(call.tid)
             still(call)
-            vm.vcpu_ids.add(call.argument)
+            if same_mm:
+                vm.vcpu_ids.add(call.argument)
         elif call.request in _SET_REGION and kind is FdKind.VM:
             vm = self._registry.find(process, call.tid, call.fd)
             same_mm = vm.is_owned_by(call.tid)
@@ -242,6 +247,7 @@ class Calls:
         made = _Introspection(call=call, vm=vm, process=process, ioctl=ioctl, argument=argument)
         for lock in self._locks:
             if lock.holder.vm is vm:
+                self._open_calls.keep(call)
                 lock.waiting.append(made)
                 return None
         return self._carry_out(made)
@@ -278,7 +284,9 @@ class Calls:
         outcome = self._kernel.carry_out(vm.state, made.ioctl, made.argument)
         if isinstance(outcome, TakeSocket):
             channel = self._take_socket(made, RemoteFd(outcome.fd))
-            answer = self._kernel.complete_hook(vm.state, outcome, is_socket=channel is not None)
+            answer = self._kernel.complete_hook(
+                vm.state, outcome, is_socket=channel is not None, vcpu_count=vm.vcpu_count()
+            )
             vm.channel = channel
             self._watch(vm)
             return answer
@@ -316,6 +324,7 @@ class Calls:
             channel.send_event(seq)
             self._watch(made.vm)
             if channel.event_sent is None:
+                self._open_calls.keep(made.call)
                 self._locks.append(_Lock(holder=made, channel=channel))
                 return None
         return self._end_preunhook(made, channel)
@@ -337,10 +346,11 @@ class Calls:
         if self._listener.is_waiting(holder.call):
             answer = self._end_preunhook(holder, lock.channel)
             self._answer(holder.call, holder.ioctl, holder.argument, answer)
+        self._open_calls.drop(holder.call)
         while lock.waiting:
             waiting = lock.waiting.popleft()
-            if not self._listener.is_waiting(waiting.call):
-                continue
-            if self._carry_out(waiting) is None:  # again a PREUNHOOK that has to wait
+            if self._listener.is_waiting(waiting.call) and self._carry_out(waiting) is None:
+                # Again a PREUNHOOK that has to wait.
                 self._locks[-1].waiting.extend(lock.waiting)
                 return
+            self._open_calls.drop(waiting.call)

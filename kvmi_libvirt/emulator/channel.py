@@ -52,10 +52,13 @@ class Channel:
         self, fd: LocalFd, service: Service, *, released: Callable[[int], None] = _unwatched
     ) -> None:
         try:
-            self._socket = socket.socket(fileno=fd)
+            # Under this family Python hands every option of whatever socket on as it is; one
+            # that it knows to be vsock has numbers only, for Python.
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
         except OSError:
             socket.close(fd)
             raise
+        kind = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
         self._service = service
         self._released = released
         self._decoder = Decoder()
@@ -65,7 +68,7 @@ class Channel:
         self._event_sent: bool | None = None
         # On a packet socket the kernel's two reads, header and payload, take a
         # packet each; what a packet has beyond the read is lost.
-        self._is_stream = self._socket.type == socket.SOCK_STREAM
+        self._is_stream = kind == socket.SOCK_STREAM
         # A receive timeout ends the kernel's read, and with it the channel; a send
         # timeout ends its write: the event fails, a reply takes the channel with it.
         self._idle_limit_s = self._timeout_s(socket.SO_RCVTIMEO)

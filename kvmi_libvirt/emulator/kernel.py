@@ -48,6 +48,9 @@ class VmState:
     ``connected`` follows the channel, ``hooked`` does not: a channel that died
     leaves the VM hooked until UNHOOK.
 
+    ``introspected_vcpus`` is how many vCPUs there were at HOOK: those that come later
+    have no introspection data.
+
     ``awaits_vcpus`` and the two counts belong to faults that are switched on: HOOK is
     refused while the vCPUs have not run, and so many times for no other reason.
     """
@@ -60,6 +63,7 @@ class VmState:
     event_seq: int = 0
     cleanup_on_unhook: bool = True
     uuid: bytes = b""
+    introspected_vcpus: int = 0
     awaits_vcpus: bool = False
     eexist_left: int = 0
     enomem_met: int = 0
@@ -175,7 +179,9 @@ class Kernel:
         assert argument is not None
         return (self._hook if ioctl is Ioctl.HOOK else self._feature)(vm, ioctl, argument)
 
-    def complete_hook(self, vm: VmState, hook: TakeSocket, *, is_socket: bool) -> Answer:
+    def complete_hook(
+        self, vm: VmState, hook: TakeSocket, *, is_socket: bool, vcpu_count: int
+    ) -> Answer:
         """End the HOOK that asked for a socket; on success *vm* starts afresh."""
         if not is_socket:
             return Answer(errno=errno.EINVAL)
@@ -183,6 +189,7 @@ class Kernel:
         vm.hooked = vm.connected = True
         vm.commands = self._always_allowed
         vm.uuid = hook.uuid
+        vm.introspected_vcpus = vcpu_count
         return Answer()
 
     def complete_preunhook(self, *, sent: bool) -> Answer:
@@ -277,6 +284,7 @@ class Kernel:
     def _reset(vm: VmState) -> None:
         vm.hooked = vm.connected = False
         vm.commands = vm.events = vm.subscribed = vm.event_seq = 0
+        vm.introspected_vcpus = 0
         vm.cleanup_on_unhook = True
         vm.uuid = b""
 

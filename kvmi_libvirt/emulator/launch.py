@@ -12,6 +12,7 @@ nothing large is imported here. Imports ``abi``, ``linux`` and the supervisor.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from kvmi_libvirt.abi.kvmi import KvmiAbi
     from kvmi_libvirt.abi.seccomp import sock_filter
     from kvmi_libvirt.emulator.faults import Faults
+    from kvmi_libvirt.emulator.standby import OpenCalls
 
 READY_TIMEOUT_S: Final = 10.0
 """How long the launcher waits for its supervisor before it gives up."""
@@ -177,11 +179,16 @@ def _supervise(
         listener = LocalFd(fds[0])
         launcher, control_fd = _LAUNCHER.unpack(data)
         _check_rights_on(Pid(launcher), RemoteFd(control_fd))
-        _rename(launcher)
         # Here, not above: only the supervisor needs it.
+        from kvmi_libvirt.emulator.standby import OpenCalls
         from kvmi_libvirt.emulator.supervisor import Supervisor
 
-        with Supervisor(listener, abi, trace, stand_in=stand_in, faults=faults) as supervisor:
+        calls = OpenCalls()
+        _have_somebody_stand_by(listener, launcher, calls, trace)
+        _rename(launcher)
+        with Supervisor(
+            listener, abi, trace, stand_in=stand_in, faults=faults, open_calls=calls
+        ) as supervisor:
             control.send(_OK)
             control.close()
             supervisor.run()
@@ -195,23 +202,30 @@ def take_over() -> None:
 
     For ``scripts/kvmi-emulated-qemu``; returns when no task uses the filter any more. The
     arguments are the wrapper's name, the listener, the launcher's process id, the revision,
-    and in hex the notification that is to be answered first, if there is one. Standard input
-    has the calls that were let through, each with what it pointed to. What goes wrong
+    in hex the notification that is to be answered first, if there is one, and a pipe to who
+    stands by until we have somebody for that. Standard input has the calls that were let
+    through, each with what it pointed to. What goes wrong
     before QEMU can be served is told in one line on standard error, which is QEMU's.
     """
+    from kvmi_libvirt.emulator.standby import OpenCalls
     from kvmi_libvirt.emulator.supervisor import Supervisor
 
-    name, listener, launcher, revision, unanswered = sys.argv[1:]
-    os.set_inheritable(int(listener), False)
+    name, listener_fd, launcher, revision, unanswered, first_standby = sys.argv[1:]
+    listener = LocalFd(int(listener_fd))
+    for fd in (listener, int(first_standby)):
+        os.set_inheritable(fd, False)
     with open(0, "rb", closefd=False) as stdin:
         noted = stdin.read()
     _redirect(0, 1)
     _default_signals()
+    calls = OpenCalls(bytes.fromhex(unanswered))
     with Trace(f"{TRACE_DIRECTORY}/emulator-{launcher}.jsonl", lazy=True) as trace:
+        _have_somebody_stand_by(listener, int(launcher), calls, trace)
+        _relieve(int(first_standby))
         try:
             _check_own_rights()
             abi = next(abi for abi in EMULATED if abi.name == revision)
-            supervisor = Supervisor(LocalFd(int(listener)), abi, trace, stand_in=False)
+            supervisor = Supervisor(listener, abi, trace, stand_in=False, open_calls=calls)
         except Exception as error:
             print(f"{name}: the emulator's supervisor ended: {error}", file=sys.stderr)
             return
@@ -223,6 +237,26 @@ def take_over() -> None:
             _redirect(2)
             _rename(int(launcher))
             supervisor.run()
+
+
+def _relieve(first_standby: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has been killed
+        os.write(first_standby, _OK)
+    os.close(first_standby)
+
+
+def _have_somebody_stand_by(
+    listener: LocalFd, launcher: int, open_calls: OpenCalls, trace: Trace
+) -> None:
+    # Before this process is called the supervisor: there must be one of that name.
+    from kvmi_libvirt.emulator.standby import stand_by
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombie, whenever a child ends
+    try:
+        title = f"kvmi-emulator's stand-by for process {launcher}"
+        stand_by(listener, open_calls, title=title)
+    except OSError as error:
+        trace.failure(f"nobody stands by: {error!r}")
 
 
 def _detach(control: socket.socket, trace: Trace) -> None:

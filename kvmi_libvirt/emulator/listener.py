@@ -33,6 +33,13 @@ _RESPONSE: Final = struct.Struct("=QqiI")  # struct seccomp_notif_resp: id, val,
 _ID: Final = struct.Struct("=Q")
 _WORD: Final = 0xFFFFFFFF
 
+RECEIVED_LEN: Final = 2048
+"""Length of the buffer for a ``struct seccomp_notif``.
+
+Far too long: what is longer than 1024 bytes Python hands to the kernel as it is, so that
+a call is there as soon as it counts as received; what is shorter it copies first.
+"""
+
 
 class Call(NamedTuple):
     """One ioctl(2) that waits for its answer.
@@ -48,7 +55,7 @@ class Call(NamedTuple):
     argument: int
 
 
-def unpack_call(notification: bytes | bytearray) -> Call:
+def unpack_call(notification: bytes | memoryview) -> Call:
     """Return the call a ``struct seccomp_notif`` tells of."""
     call_id, tid, fd, request, argument = _NOTIFICATION.unpack_from(notification)
     # The kernel takes fd and request as 32 bits.
@@ -59,14 +66,16 @@ class Listener:
     """What can be done with a listener.
 
     Parameters
-        fd  borrowed
+        fd        borrowed
+        received  where a call is received, and lies until the next one is; borrowed,
+                  RECEIVED_LEN bytes
     """
 
-    def __init__(self, fd: LocalFd) -> None:
+    def __init__(self, fd: LocalFd, received: memoryview | None = None) -> None:
         self.fd = fd
+        self._buffer = memoryview(bytearray(RECEIVED_LEN)) if received is None else received
         size = linux.seccomp_notif_sizes().seccomp_notif
-        self._zeros = bytes(size)
-        self._buffer = bytearray(size)
+        self._beginning, self._zeros = self._buffer[:size], bytes(size)
 
     def wake_in_place(self) -> None:
         """Let each end wake the other on its own CPU, where the kernel can (Linux 6.6).
@@ -83,7 +92,7 @@ class Listener:
     def receive(self) -> Call | None:
         """Return the next call; None when its caller is gone already. Blocks without one."""
         buffer = self._buffer
-        buffer[:] = self._zeros
+        self._beginning[:] = self._zeros
         try:
             fcntl.ioctl(self.fd, SECCOMP_IOCTL_NOTIF_RECV, buffer)
         except OSError as error:
@@ -109,6 +118,10 @@ class Listener:
             False when the caller is gone: it will make the call again, or never
         """
         return self._send(_RESPONSE.pack(call.id, value, -error, 0))
+
+    def answer_id(self, call_id: int, *, error: int) -> bool:
+        """Answer a call of which only the id is known; else as :meth:`answer`."""
+        return self._send(_RESPONSE.pack(call_id, 0, -error, 0))
 
     def let_through(self, call: Call) -> bool:
         """Let the kernel carry the call out; returns as :meth:`answer` does."""

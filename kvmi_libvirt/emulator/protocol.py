@@ -33,6 +33,7 @@ MAX_PAYLOAD_LEN: Final = 8184  # two pages less the header
 # Error codes of replies, sent negated. Source: <linux/kvm_para.h>.
 KVM_EPERM: Final = 1
 KVM_ENOENT: Final = 2
+KVM_EAGAIN: Final = 11
 KVM_EINVAL: Final = 22
 KVM_EOPNOTSUPP: Final = 95
 KVM_ENOSYS: Final = 1000
@@ -199,8 +200,15 @@ class Service:
 
     def _check_vcpu(self, payload: bytes) -> None:
         index, *padding = unpack(VCPU_HEADER, payload)
-        if any(padding) or index >= self._guest.vcpu_count():
+        if any(padding):
             raise Refused(KVM_EINVAL)
+        self._require_vcpu(index)
+
+    def _require_vcpu(self, index: int) -> None:
+        if index >= self._guest.vcpu_count():
+            raise Refused(KVM_EINVAL)
+        if index >= self._vm.introspected_vcpus:
+            raise Refused(KVM_EAGAIN)
 
     def _get_version(self, _payload: bytes) -> bytes:
         # No feature of struct kvmi_features is there: singlestep is the only one.

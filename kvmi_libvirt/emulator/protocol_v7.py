@@ -63,8 +63,7 @@ class ServiceV7(Service):
         index, *padding = unpack(VCPU_HEADER, payload)
         if any(padding):
             raise ChannelBroken("padding in the vCPU's header")
-        if index >= self._guest.vcpu_count():
-            raise Refused(KVM_EINVAL)
+        self._require_vcpu(index)
 
     def _get_version(self, _payload: bytes) -> bytes:
         return _VERSION.pack(KVMI_VERSION, 0, bytes(8))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvmi_libvirt.newtypes import RemoteFd
 
 _PLACES: Final = 4  # remembered of one VM; QEMU has its fd once
+_MANY: Final = 64  # VMs, or threads, that may have ended
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -110,6 +111,8 @@ class Registry:
         self._last: dict[tuple[Tid, RemoteFd], Vm] = {}
         # Who has a VM made, or is about to, that has not been matched to its file.
         self._creators: dict[Process, int] = {}
+        # How many there may be before those that have ended are looked for.
+        self._vms_limit = self._threads_limit = _MANY
 
     def __enter__(self) -> Registry:
         return self
@@ -144,8 +147,17 @@ class Registry:
             process = self._processes[pid] = Process(pid, stand_in=self._stand_in)
             self._appeared(process)
         if int(tid) != pid:
+            if len(self._threads) >= self._threads_limit:
+                self._forget_threads()
             self._threads[tid] = process
         return process
+
+    def _forget_threads(self) -> None:
+        # Of those that have ended nobody tells.
+        ended = [tid for tid, process in self._threads.items() if not process.has_thread(tid)]
+        for tid in ended:
+            del self._threads[tid]
+        self._threads_limit = max(_MANY, 2 * len(self._threads))
 
     def process_ended(self, process: Process) -> list[Vm]:
         """Forget *process*; return the VMs that went with it, forgotten as well."""
@@ -252,6 +264,10 @@ class Registry:
         return process if self._stand_in else None
 
     def _add(self, copy: LocalFd, *, owner: Process | None) -> Vm:
+        if len(self._vms) >= self._vms_limit:
+            # Those that are not hooked are looked at here: nobody waits for their end.
+            self.prune(list(self._vms.values()))
+            self._vms_limit = max(_MANY, 2 * len(self._vms))
         vm = Vm(file=VmFile(copy, self._inode), owner=owner)
         self._vms[vm.file.mark] = vm
         if owner in self._creators:

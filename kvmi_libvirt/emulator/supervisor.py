@@ -11,6 +11,7 @@ Imports the rest of the emulator, ``linux`` and ``abi``. Source: seccomp_unotify
 from __future__ import annotations
 
 import select
+import signal
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,7 @@ from kvmi_libvirt.emulator.listener import Listener, unpack_call
 from kvmi_libvirt.emulator.process import allow_many_fds
 from kvmi_libvirt.emulator.registry import Registry
 from kvmi_libvirt.emulator.revisions import kernel_for
+from kvmi_libvirt.emulator.standby import OpenCalls
 
 if TYPE_CHECKING:
     from kvmi_libvirt.abi.kvmi import KvmiAbi
@@ -38,6 +40,9 @@ So are callers that wait: nothing tells when one is killed either.
 LOOKS_A_TURN: Final = 64
 """How many of them at most; where there are more, each waits for its turn."""
 
+TURN_LIMIT_S: Final = 20.0
+"""Longer than any disk keeps the trace waiting, shorter than anybody waits for a QEMU."""
+
 _QUIET_S: Final = 0.001  # without any call, then the trace is written
 _FEW: Final = 128  # processes or hooked VMs that need no higher limit of descriptors
 
@@ -51,6 +56,7 @@ class Supervisor:
         trace     borrowed
         stand_in  accept the stand-in's memfds as VM and vCPU fds
         faults    what shall go wrong
+        open_calls  where who stands by finds what has not been answered
     Raises
         EmulatorError  the revision is not emulated.
     """
@@ -63,14 +69,16 @@ class Supervisor:
         *,
         stand_in: bool,
         faults: Faults = NO_FAULTS,
+        open_calls: OpenCalls | None = None,
     ) -> None:
         self._trace = trace
+        open_calls = open_calls or OpenCalls()
         kernel = kernel_for(abi, faults=faults)
-        self._listener = Listener(listener)
+        self._listener = Listener(listener, open_calls.received)
         self._listener.wake_in_place()
         self._registry = Registry(stand_in=stand_in, appeared=self._process_appeared)
         self._calls = Calls(
-            *(self._listener, self._registry, kernel, trace),
+            *(self._listener, self._registry, kernel, trace, open_calls),
             watch=self._watch,
             unwatch=self._unwatch,
         )
@@ -91,16 +99,30 @@ class Supervisor:
         self._registry.close()
         self._epoll.close()
 
-    def run(self) -> None:
-        """Serve until no task uses the filter any more. Blocks in epoll_wait(2) only."""
-        while self.serve_once():
-            pass
+    def run(self, *, limit_s: float = TURN_LIMIT_S) -> None:
+        """Serve until no task uses the filter any more. Blocks in epoll_wait(2) only.
+
+        Whatever else it should hang in, a page of guest memory that nobody brings for
+        example: after *limit_s* SIGALRM ends this process, and QEMU goes on.
+        """
+        is_used = True
+        while is_used:
+            ready = self._wait()
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            is_used = self._serve(ready)
+            signal.setitimer(signal.ITIMER_REAL, 0)
         self._trace.flush()
 
     def serve_once(self) -> bool:
         """Wait for something to do and do it; False when no task uses the filter any more."""
-        ready = dict(self._epoll.poll(self._timeout_s()))
-        if not ready:
+        return self._serve(self._wait())
+
+    def _wait(self) -> dict[int, int]:
+        return dict(self._epoll.poll(self._timeout_s()))
+
+    def _serve(self, ready: dict[int, int]) -> bool:
+        # With a tool that floods there is never nothing to do.
+        if not ready or self._trace.is_overdue:
             self._trace.flush()
         listener = ready.pop(self._listener.fd, 0)
         # First of all, so that a process number that was reused is not mistaken.

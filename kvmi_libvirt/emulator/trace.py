@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _MODE: Final = 0o640
+_KEPT_MAX: Final = 1000
+_KEPT_S: Final = 0.1
 
 
 class Trace:
@@ -91,6 +93,13 @@ class Trace:
     def has_kept(self) -> bool:
         """Say whether there is anything to write."""
         return bool(self._kept)
+
+    @property
+    def is_overdue(self) -> bool:
+        """Say whether lines have been kept for too long, or too many, and somebody should wait."""
+        if not self._kept:
+            return False
+        return len(self._kept) >= _KEPT_MAX or time.time() > self._kept[0][0] + _KEPT_S
 
     def flush(self) -> None:
         """Write what is kept."""

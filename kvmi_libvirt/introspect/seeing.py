@@ -109,6 +109,9 @@ def verified(recorded: VmState, process: Process | None = None) -> VmState:
     return dataclasses.replace(
         recorded,
         state=st.FAILED,
+        commands=(),
+        events=(),
+        all_ids=(),
         error="the tool has closed its channel; the kernel keeps the hook until it is unhooked",
     )
 

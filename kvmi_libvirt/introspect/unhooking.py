@@ -13,6 +13,7 @@ from kvmi_libvirt import state as st
 from kvmi_libvirt.abi import revisions
 from kvmi_libvirt.abi.kvmi import Ioctl, KvmiAbi
 from kvmi_libvirt.errors import (
+    EmulatorGone,
     SessionError,
     StateError,
 )
@@ -48,6 +49,8 @@ def ask_to_leave(process: Process, recorded: VmState, *, state: StateDir) -> boo
                 keep_fds=process.owned_fds,
             )
         except SessionError as error:
+            if _is_emulator_gone(error):  # and the tool with it; unhooking will say so
+                return False
             if error.kind != "RemoteCallTimeout" or error.is_unfinished:
                 raise
             logger.warning("domain %s: its tool does not read; not asked", recorded.domain)
@@ -76,19 +79,28 @@ def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmStat
 
     Parameters
         recorded  what ``state`` holds about the VM
+    Raises
+        SessionError  .kind "EmulatorGone": an emulated kernel has ended, and the hook with it;
+                      recorded as "failed"
     """
     with state.locked(recorded.uuid, deadline=time.monotonic() + LOCK_S):
         process.require_traceable()
         fds = process.vm_fds(allow_standin=True)
-        take_off(process, fds, abi_of(recorded))
+        failure: SessionError | None = None
+        try:
+            take_off(process, fds, abi_of(recorded))
+        except SessionError as error:
+            if not _is_emulator_gone(error):
+                raise
+            failure = error
         clean_up(process, recorded.uuid, fds, state)
         record = dataclasses.replace(
             recorded,
-            state=st.UNHOOKED,
+            state=st.UNHOOKED if failure is None else st.FAILED,
             commands=(),
             events=(),
             since=st.now_text(),
-            error=None,
+            error=None if failure is None else str(failure),
             socket_inode=0,
             all_ids=(),
             adjusted=(),
@@ -96,7 +108,13 @@ def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmStat
             unsure_events=(),
         )
         state.save(record)
+        if failure is not None:
+            raise failure
         return record
+
+
+def _is_emulator_gone(error: SessionError) -> bool:
+    return error.kind == EmulatorGone.__name__
 
 
 def take_off(process: Process, fds: VmFds, abi: KvmiAbi) -> None:

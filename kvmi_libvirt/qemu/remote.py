@@ -9,6 +9,7 @@ the red zone: nothing is mapped, so nothing can be left mapped. May import
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import errno
 import os
@@ -22,6 +23,8 @@ from kvmi_libvirt.errors import RemoteCallTimeout, RemoteSyscallError, TargetUns
 from kvmi_libvirt.newtypes import RemoteAddr, RemoteFd
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvmi_libvirt.qemu.process import Process
 
 SCRATCH_LEN: Final = 2048
@@ -39,6 +42,7 @@ _MSG_DONTWAIT: Final = 0x40
 _MSG_CMSG_CLOEXEC: Final = 0x40000000
 _MSG_CTRUNC: Final = 0x8
 
+_ucred: Final = struct.Struct("@iII")
 _iovec: Final = struct.Struct("=QQ")
 _msghdr: Final = struct.Struct("=QIIQQQQII")  # name, namelen, pad, iov x2, control x2, flags, pad
 _cmsghdr: Final = struct.Struct("=Qii")
@@ -137,9 +141,15 @@ class Remote:
         """Put *sock* into the queue of QEMU's other end of the pair that *near* belongs to.
 
         Nothing runs in QEMU for this: our own copy of *near* is made, used and closed.
+
+        Raises
+            RemoteSyscallError  another thread of QEMU has put something else in its place
         """
-        local = linux.pidfd_getfd(self.process.pidfd, near)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=local) as pair:
+        with half_of_pair(self.process, near) as pair:
+            if pair is None:
+                raise RemoteSyscallError(
+                    errno.EBADF, "socketpair", f"descriptor {near} is no socket of a pair any more"
+                )
             rights = array.array("i", [sock.fileno()])
             pair.sendmsg(
                 [b"\0"],
@@ -201,6 +211,36 @@ class Remote:
     def write_struct(self, offset: int, value: ctypes.Structure) -> RemoteAddr:
         """Write a kernel structure at *offset* of the scratch area; return its address."""
         return self.write(offset, bytes(value))
+
+
+@contextlib.contextmanager
+def half_of_pair(process: Process, fd: RemoteFd) -> Iterator[socket.socket | None]:
+    """Have a copy of *fd* of *process* for the block, if it is of a nameless pair that it made.
+
+    Raises
+        OSError  the fd cannot be copied; the block was not begun
+    """
+    local = linux.pidfd_getfd(process.pidfd, fd)
+    try:
+        sock = socket.socket(fileno=local)
+    except OSError:  # no socket at all
+        os.close(local)
+        yield None
+        return
+    with sock:
+        yield sock if _is_own_pair(process, sock) else None
+
+
+def _is_own_pair(process: Process, sock: socket.socket) -> bool:
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        return False
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size)
+    creator = _ucred.unpack(raw)[0]
+    try:
+        nameless = not sock.getsockname() and not sock.getpeername()
+    except OSError:  # its other end is closed: then it was half of a pair, or is gone anyway
+        nameless = not sock.getsockname()
+    return bool(creator == process.pid and nameless)
 
 
 def socket_link(sock: socket.socket) -> str:

@@ -18,7 +18,7 @@ import logging
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 from kvmi_libvirt import linux
 from kvmi_libvirt.abi import ptrace as pt
@@ -41,6 +41,7 @@ from kvmi_libvirt.qemu.urgency import Urgency
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kvmi_libvirt.newtypes import Tid
     from kvmi_libvirt.qemu.process import Process
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,37 @@ def _trace_nothing(_point: str) -> None:
 
 
 _trace: Callable[[str], None] = _trace_nothing
+
+
+class PtraceKernel(Protocol):
+    """What a Tracee asks of the kernel: :mod:`kvmi_libvirt.linux` is one."""
+
+    def ptrace_seize(self, tid: Tid, options: int) -> None:
+        """Attach."""
+
+    def ptrace_interrupt(self, tid: Tid) -> None:
+        """Ask for a stop."""
+
+    def ptrace_getregs(self, tid: Tid) -> x86.user_regs_struct:
+        """Return a copy of the registers."""
+
+    def ptrace_setregs(self, tid: Tid, regs: x86.user_regs_struct) -> None:
+        """Replace the registers."""
+
+    def ptrace_syscall(self, tid: Tid, signal: int = 0) -> None:
+        """Go on to the next entry or exit of a system call."""
+
+    def ptrace_cont(self, tid: Tid, signal: int = 0) -> None:
+        """Go on."""
+
+    def ptrace_detach(self, tid: Tid, signal: int = 0) -> None:
+        """Let go."""
+
+    def ptrace_syscall_info(self, tid: Tid) -> pt.ptrace_syscall_info:
+        """Return what kind of stop this is."""
+
+    def wait_stop(self, tid: Tid) -> int | None:
+        """Return the wait status of the next stop; None at a tick of a timer."""
 
 
 def start_deadline_timer() -> None:
@@ -85,10 +117,15 @@ class Tracee:
     Parameters
         process   identified before; borrowed
         deadline  CLOCK_MONOTONIC seconds; a call blocked beyond it is abandoned
+        kernel    another than the one that runs, for a rehearsal
     """
 
-    def __init__(self, process: Process, *, deadline: float) -> None:
+    def __init__(
+        self, process: Process, *, deadline: float, kernel: PtraceKernel | None = None
+    ) -> None:
         """Note what to do; nothing is attached yet."""
+        self._kernel: PtraceKernel = linux if kernel is None else kernel
+        self._trace = _trace if kernel is None else _trace_nothing
         self._process = process
         self._tid = process.main_thread
         self._deadline = deadline
@@ -112,17 +149,20 @@ class Tracee:
             TargetUnsuitable  not permitted, or 32-bit
             TargetGone        the process has ended
         """
-        looked = look(self._process)
+        self.take(look(self._process))
+
+    def take(self, looked: Sight) -> None:
+        """Attach to the thread that was seen in a wait; else as :meth:`attach`."""
         self._seize()
         try:
             # The pid could have been re-used between identification and SEIZE.
             self._process.require_alive()
             self._urgency.begin()
-            self._request("PTRACE_INTERRUPT", linux.ptrace_interrupt)
+            self._request("PTRACE_INTERRUPT", self._kernel.ptrace_interrupt)
             self._wait_event_stop()
             self.stopped_at_s = time.monotonic()
-            _trace("stopped")
-            self._saved = linux.ptrace_getregs(self._tid)
+            self._trace("stopped")
+            self._saved = self._kernel.ptrace_getregs(self._tid)
             self._require_parked(looked)
             self._regs = parked.call_registers(self._saved)
             self.hurry()
@@ -132,7 +172,7 @@ class Tracee:
 
     def _seize(self) -> None:
         try:
-            linux.ptrace_seize(self._tid, pt.PTRACE_O_TRACESYSGOOD)
+            self._kernel.ptrace_seize(self._tid, pt.PTRACE_O_TRACESYSGOOD)
         except OSError as error:
             if error.errno == errno.ESRCH:
                 raise gone(self._process) from error
@@ -141,7 +181,7 @@ class Tracee:
             raise TraceError(
                 error.errno or 0, "could not attach", call="PTRACE_SEIZE", tid=self._tid
             ) from error
-        _trace("seized")
+        self._trace("seized")
 
     def _wait_event_stop(self) -> None:
         # A signal-delivery stop may come before ours. Nothing is injected yet, so
@@ -157,7 +197,7 @@ class Tracee:
                     raise busy(self._process, "it did not stop in time")
                 return
             self._stopped = False
-            linux.ptrace_cont(self._tid, 0 if number == _SYSCALL_STOP else number)
+            self._kernel.ptrace_cont(self._tid, 0 if number == _SYSCALL_STOP else number)
 
     def _require_parked(self, looked: Sight) -> None:
         regs = self._saved
@@ -220,31 +260,31 @@ class Tracee:
         regs.orig_rax = _WORD  # else the kernel may step rip back once more
         regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9 = (*args, 0, 0, 0, 0, 0, 0)[:6]
         self._dirty = True
-        self._request("PTRACE_SETREGS", linux.ptrace_setregs, regs)
-        _trace("call-prepared")
+        self._request("PTRACE_SETREGS", self._kernel.ptrace_setregs, regs)
+        self._trace("call-prepared")
         try:
             self._resume_to_syscall_stop()
-            _trace("call-entered")
+            self._trace("call-entered")
             self._resume_to_syscall_stop()
         except RemoteCallTimeout:
             self._skip_entered_call()
             raise
         # Entry and exit alternate: were the first stop not the entry, this is no exit.
-        info = linux.ptrace_syscall_info(self._tid)
+        info = self._kernel.ptrace_syscall_info(self._tid)
         if info.op != pt.PTRACE_SYSCALL_INFO_EXIT or info.instruction_pointer != self._saved.rip:
             self._unexpected_stop(f"op {info.op} instead of the exit of call {number}")
-        _trace("call-returned")
+        self._trace("call-returned")
         return int(info.exit.rval)
 
     def _skip_entered_call(self) -> None:
         # Abandoned between two stops: if the call was entered but has not run yet,
         # make it no call at all, so that the next one starts from an exit stop.
-        if linux.ptrace_syscall_info(self._tid).op != pt.PTRACE_SYSCALL_INFO_ENTRY:
+        if self._kernel.ptrace_syscall_info(self._tid).op != pt.PTRACE_SYSCALL_INFO_ENTRY:
             return
         self.extend_deadline(time.monotonic() + _GRACE_S)
-        regs = linux.ptrace_getregs(self._tid)
+        regs = self._kernel.ptrace_getregs(self._tid)
         regs.orig_rax = _WORD
-        linux.ptrace_setregs(self._tid, regs)
+        self._kernel.ptrace_setregs(self._tid, regs)
         self._resume_to_syscall_stop()
 
     def extend_deadline(self, deadline: float) -> None:
@@ -254,7 +294,7 @@ class Tracee:
     def _resume_to_syscall_stop(self) -> None:
         while True:
             self._stopped = False
-            self._request("PTRACE_SYSCALL", linux.ptrace_syscall)
+            self._request("PTRACE_SYSCALL", self._kernel.ptrace_syscall)
             status = self._wait()
             if status >> 16 == 0 and os.WSTOPSIG(status) == _SYSCALL_STOP:
                 return
@@ -274,7 +314,7 @@ class Tracee:
             if status is None:
                 if time.monotonic() > self._deadline and not interrupted:
                     interrupted = True
-                    self._request("PTRACE_INTERRUPT", linux.ptrace_interrupt)
+                    self._request("PTRACE_INTERRUPT", self._kernel.ptrace_interrupt)
                 continue
             if interrupted:
                 self._keep_signal_of(status)
@@ -285,7 +325,7 @@ class Tracee:
 
     def _next_stop(self) -> int | None:
         # None at a tick of the timer.
-        status = linux.wait_stop(self._tid)
+        status = self._kernel.wait_stop(self._tid)
         if status is None:
             if not self._process.has_main_thread():
                 self._stopped = self._dirty = False
@@ -322,9 +362,9 @@ class Tracee:
             self._stop_if_running()
             if not self._stopped:
                 return
-            _trace("before-restore")
+            self._trace("before-restore")
             self._restore()
-            _trace("restored")
+            self._trace("restored")
             self._detach()
         except (TargetGone, ProcessLookupError):
             return
@@ -334,7 +374,7 @@ class Tracee:
                 "thread %d of QEMU could not be given its registers back: %s", self._tid, registers
             )
             with contextlib.suppress(OSError):  # stopped for ever would be no better
-                linux.ptrace_detach(self._tid)
+                self._kernel.ptrace_detach(self._tid)
             raise RestoreFailed(
                 error.errno or 0,
                 f"could not restore QEMU's main thread; its registers were {registers}",
@@ -355,16 +395,16 @@ class Tracee:
             and not parked.is_restarted_by_the_kernel(self._saved)
         )
         if make_again:
-            linux.ptrace_setregs(self._tid, parked.made_again(self._saved))
+            self._kernel.ptrace_setregs(self._tid, parked.made_again(self._saved))
         elif self._dirty:
-            linux.ptrace_setregs(self._tid, self._saved)
+            self._kernel.ptrace_setregs(self._tid, self._saved)
         self._dirty = False
 
     def _stop_if_running(self) -> None:
         # Only after a failed wait or resume; ordinarily the thread is stopped here.
         if self._stopped:
             return
-        linux.ptrace_interrupt(self._tid)
+        self._kernel.ptrace_interrupt(self._tid)
         while (status := self._next_stop()) is None:
             pass
         self._keep_signal_of(status)
@@ -380,7 +420,7 @@ class Tracee:
         if self._signals:
             self._signals.hand_back(self._next_stop)
         else:
-            linux.ptrace_detach(self._tid)
+            self._kernel.ptrace_detach(self._tid)
 
 
 _held: dict[int, Tracee] = {}

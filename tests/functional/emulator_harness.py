@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -11,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support import wait_for_supervisor, wait_until
 
+from kvmi_libvirt import linux
 from kvmi_libvirt.abi.kvmi import KVM_CHECK_EXTENSION, Ioctl, KvmiAbi
+from kvmi_libvirt.newtypes import LocalFd, RemoteFd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,6 +34,8 @@ TIMEOUT_S = 20.0
 
 GET_VERSION = struct.pack("<HHI", 2, 0, 1)
 GET_INFO = struct.pack("<HHI", 8, 0, 1)
+
+EMULATOR_ENDED = "the KVMI emulator of this VM has ended: restart the VM"
 
 
 def feature(allow: int, feature_id: int) -> str:
@@ -65,11 +71,48 @@ def wait_for_end(pidfd: int, *, what: str) -> None:
     assert poll.poll(TIMEOUT_S * 1000), f"still there: {what}"
 
 
+def end_supervisor(supervisor: int) -> None:
+    """Kill a supervisor and wait until it is gone."""
+    pidfd = os.pidfd_open(supervisor)
+    try:
+        os.kill(supervisor, signal.SIGKILL)
+        wait_for_end(pidfd, what="the supervisor")
+    finally:
+        os.close(pidfd)
+
+
+@contextmanager
+def channels_kept_open(supervisor: int) -> Iterator[None]:
+    """Keep the tools' sockets open for the block, so that no channel closes meanwhile."""
+    directory = f"/proc/{supervisor}/fd"
+    pidfd = LocalFd(os.pidfd_open(supervisor))
+    copies = [
+        linux.pidfd_getfd(pidfd, RemoteFd(int(fd)))
+        for fd in os.listdir(directory)
+        if os.readlink(f"{directory}/{fd}").startswith("socket:")
+    ]
+    try:
+        yield
+    finally:
+        for fd in (pidfd, *copies):
+            os.close(fd)
+
+
 def tool_pair() -> tuple[socket.socket, socket.socket]:
     """Return the tool's end, with a timeout, and the end to hook."""
     tool, kernel_end = socket.socketpair()
     tool.settimeout(TIMEOUT_S)
     return tool, kernel_end
+
+
+def wait_until_read(tool: socket.socket) -> None:
+    """Wait until the other end has read all that was sent, so that what follows comes apart."""
+
+    def is_read() -> bool:
+        unread = fcntl.ioctl(tool, termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(unread, "little") == 0
+
+    wait_until(is_read, what="what was sent is read")
 
 
 def received(tool: socket.socket, length: int) -> bytes:
@@ -263,3 +306,59 @@ def _is_readable(sock: socket.socket, within_s: float) -> bool:
 def trace_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a trace."""
     return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+
+
+def subscribed(
+    victim: Emulated, vm: int, *, send_timeout_us: int = 0
+) -> tuple[socket.socket, socket.socket]:
+    """Hook *vm* with a tool that takes the unhook event; return its end, and the kernel's."""
+    tool, kernel_end = socket.socketpair()
+    tool.settimeout(20)
+    timeval = struct.pack("@ll", 0, send_timeout_us)
+    kernel_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    kernel_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    fd = victim.give(kernel_end)
+    control = victim.abi.commands_by_name["KVMI_VM_CONTROL_EVENTS"].id
+    assert victim.ioctl(Ioctl.HOOK, vm, hook_argument(fd)) == 0
+    victim.do("close", fd=fd)
+    assert victim.ioctl(Ioctl.COMMAND, vm, feature(1, control)) == 0
+    assert victim.ioctl(Ioctl.EVENT, vm, feature(1, 0)) == 0
+    assert asked(tool, struct.pack("<HHIHBBI", control, 8, 5, 0, 1, 0, 0))[8:12] == bytes(4)
+    return tool, kernel_end
+
+
+def fill(victim: Emulated, vm: int) -> int:
+    """Make PREUNHOOK until one stays open; return how many did not."""
+    for done in range(1000):
+        victim.ask(**victim.call(Ioctl.PREUNHOOK, vm))
+        if not victim.has_answer(within_s=0.3):
+            victim.wait_until_blocked()
+            return done
+        assert victim.answer() == 0
+    pytest.fail("a socket without end")
+
+
+def copied_wrapper(directory: Path, *, python: str, perl: str = "/usr/bin/perl") -> Path:
+    """Return a copy of the wrapper that finds other interpreters."""
+    copy = directory / "kvmi-emulated-qemu"
+    copy.write_text(WRAPPER.read_text().replace("=/usr/bin/perl\n", f"={perl}\n"))
+    copy.chmod(0o755)
+    found = directory / "python3"
+    found.write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+    found.chmod(0o755)
+    return copy
+
+
+def run_as_qemu(directory: Path, script: str, *, python: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python script as the wrapper's QEMU, with this for the wrapper's Python."""
+    program = directory / "qemu"
+    program.write_text(f"#!{sys.executable} -IS\n{script}\n")
+    program.chmod(0o755)
+    return subprocess.run(
+        [str(copied_wrapper(directory, python=python))],
+        env={**os.environ, "KVMI_QEMU": str(program)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )

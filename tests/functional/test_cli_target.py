@@ -9,13 +9,16 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from emulator_harness import EMULATOR_ENDED, channels_kept_open, end_supervisor
 from stand_in import UUID, running_tool, stand_in
+from support import wait_for_supervisor
 
 from kvmi_libvirt import libvirtio
 from kvmi_libvirt.cli import hook, live, main, rights, target
+from kvmi_libvirt.errors import ExitCode
 from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE
-from kvmi_libvirt.state import StateDir
+from kvmi_libvirt.state import FAILED, StateDir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,6 +127,36 @@ def test_every_verb_reaches_a_process_that_libvirt_does_not_run(operator: Operat
         assert "web1: unhooked" in operator.types("unhook", *by_pid)
         operator.types("allow", *by_pid, READ, code=5)
         assert "domain 'web1' is not hooked" in operator.err
+
+
+@pytest.mark.ptrace
+@pytest.mark.seccomp
+def test_every_verb_says_that_the_emulator_has_ended(operator: Operator) -> None:
+    operator.writes(xml(element(operator.directory, READ)))
+    with stand_in() as process, running_tool(operator.directory):
+        by_pid = ("--pid", process.pid)
+        with_xml = (*by_pid, "--xml", operator.file)
+        assert operator.in_force("hook", *with_xml) == [READ]
+        supervisor = wait_for_supervisor(process.pid)
+        # While the channel seems to be there: the ioctl itself tells.
+        with channels_kept_open(supervisor):
+            end_supervisor(supervisor)
+            operator.writes(xml(element(operator.directory, READ, WRITE)))
+            changes: list[tuple[object, ...]] = [("apply", *with_xml), ("allow", *by_pid, WRITE)]
+            for words in [*changes, ("deny", *by_pid, READ)]:
+                operator.types(*words, code=ExitCode.UNSUPPORTED)
+                assert operator.err == f"kvmi-libvirt: {EMULATOR_ENDED}\n", words
+        again: list[tuple[object, ...]] = [("hook", *with_xml), ("unhook", *by_pid)]
+        again += [("unhook", *by_pid), ("unhook", "--now", *by_pid), ("hook", *with_xml)]
+        for words in again:
+            operator.types(*words, code=ExitCode.UNSUPPORTED)
+            assert operator.err == f"kvmi-libvirt: {EMULATOR_ENDED}\n", words
+            (record,) = operator.state.all()
+            assert (record.state, record.error) == (FAILED, EMULATOR_ENDED)
+            assert (record.commands, record.events) == ((), ())
+        operator.types("deny", *by_pid, READ, code=ExitCode.TARGET)
+        assert "is not hooked" in operator.err
+        assert process.is_alive()
 
 
 @pytest.mark.ptrace

@@ -3,13 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from emulator_harness import TIMEOUT_S, Emulated, feature, hook_argument, received, tool_pair
+from emulator_harness import (
+    TIMEOUT_S,
+    Emulated,
+    feature,
+    hook_argument,
+    received,
+    tool_pair,
+    wait_until_read,
+)
 from emulator_replay import replay, steps
 
 from kvmi_libvirt.abi.kvmi import Ioctl, KvmiAbi
@@ -17,15 +28,18 @@ from kvmi_libvirt.abi.v11 import V11
 from kvmi_libvirt.abi.v12 import V12
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from emulator_replay import Machine
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp]
 
 
-END_TIMEOUT_S = 0.05
+SILENCE_S = 0.05
 """How long a tool's end must stay silent to count as open."""
+
+VMADDR_CID_LOCAL = 1
+
+NO_VSOCK = (errno.EAFNOSUPPORT, errno.ENODEV, errno.ENETUNREACH, errno.ETIMEDOUT)
+"""What a host without a vsock transport answers to connecting with itself."""
 
 
 class RealMachine:
@@ -86,21 +100,19 @@ class RealMachine:
     def guest_memory(self, gpa: int, length: int) -> bytes:
         return bytes.fromhex(self._victim.do("memory", address=self._memory + gpa, length=length))
 
-    def tool_end(self) -> str:
+    def tool_end(self, *, is_patient: bool) -> str:
         assert self._tool is not None
-        self._tool.settimeout(END_TIMEOUT_S)
+        self._tool.settimeout(TIMEOUT_S if is_patient else SILENCE_S)
         try:
-            while self._tool.recv(65536):  # a UDP socket's echo, if anything
-                pass
+            return "data" if self._tool.recv(65536) else "eof"
         except TimeoutError:
             return "open"
         except ConnectionError:
-            pass
+            return "eof"
         finally:
             self._tool.settimeout(TIMEOUT_S)
-        return "eof"
 
-    def send_into_the_end(self, data: bytes) -> str:
+    def send_into_the_end(self, data: bytes, *, is_patient: bool) -> str:
         assert self._tool is not None
         is_stream = self._tool.type == socket.SOCK_STREAM
         try:
@@ -109,14 +121,13 @@ class RealMachine:
             self._tool.sendall(data)
         except BrokenPipeError:
             return "EPIPE"
-        if is_stream:
-            return self.tool_end()
-        return "silence" if self.tool_end() == "open" else "eof"
+        state = self.tool_end(is_patient=is_patient)
+        return "silence" if state == "open" and not is_stream else state
 
     def hook(self, *, padding: int, uuid: bytes, is_socket: bool, kind: str) -> str | None:
         if not is_socket:
             fd, tool, kernel_end = self._no_socket(kind), None, None
-        elif "same (shut down) socket" in kind:
+        elif kind in SAME_SOCKET:
             assert self._kernel_end is not None
             tool, kernel_end = self._tool, self._kernel_end
             fd = self._victim.give(kernel_end)
@@ -125,8 +136,8 @@ class RealMachine:
             fd = self._victim.give(kernel_end)
         argument = hook_argument(fd, padding=padding, uuid=uuid)
         result = _named([self._victim.ioctl(Ioctl.HOOK, self._vm, argument)])[0]
-        if fd > 2:
-            _named([self._victim.do("close", fd=fd)])
+        if fd >= 0 and fd not in (self._vm, *NO_DESCRIPTOR.values()):
+            self._victim.do("close", fd=fd)
         if kernel_end is self._kernel_end:
             return result
         if result is None:
@@ -140,37 +151,80 @@ class RealMachine:
         return result
 
     def _no_socket(self, kind: str) -> int:
-        numbers = {"fd INT_MIN": -(2**31), "fd 1000000": 1_000_000, "closed": 999}
-        makers: dict[str, Callable[[], int]] = {
-            "regular file": lambda: os.open(__file__, os.O_RDONLY),
-            "/dev/null": lambda: os.open(os.devnull, os.O_RDWR),
-            "O_PATH": lambda: os.open("/", os.O_PATH),
-            "pipe": lambda: os.memfd_create("not a pipe, but no socket either"),
-            "eventfd": lambda: os.eventfd(0),
-        }
-        if kind not in makers:
-            return numbers.get(kind, -1)
-        ours = makers[kind]()
-        theirs = int(self._victim.do("received", fds=[ours])[0])
-        os.close(ours)
+        if kind == "vm fd itself":
+            return self._vm
+        if kind in NO_DESCRIPTOR:
+            return NO_DESCRIPTOR[kind]
+        theirs = int(self._victim.do("received", fds=[made := NO_SOCKET[kind]()])[0])
+        os.close(made)
         return theirs
 
     _ends_by_itself = False
 
-    def simple(self, ioctl: Ioctl) -> str | None:
-        return _named([self._victim.ioctl(ioctl, self._vm)])[0]
+    def simple(self, ioctl: Ioctl, argument: int) -> str | None:
+        request = self._victim.abi.request(ioctl)
+        answer = self._victim.do("ioctl", fd=self._vm, request=request, argument=argument)
+        return _named([answer])[0]
 
     def exchange(self, pieces: list[bytes], length: int) -> bytes:
         assert self._tool is not None
         for piece in pieces:
+            wait_until_read(self._tool)
             self._tool.sendall(piece)
+        if self._tool.type != socket.SOCK_STREAM:
+            return self._tool.recv(65536)
         return received(self._tool, length)
+
+
+NO_DESCRIPTOR = {
+    **{"minus1": -1, "-1": -1, "2nd HOOK fd -1": -1},
+    **{"fd INT_MIN": -(2**31), "fd 1000000": 1_000_000, "closed": 999},
+}
+
+
+def pipe_end() -> int:
+    """Return the end of a pipe that can be read."""
+    reader, writer = os.pipe()
+    os.close(writer)
+    return reader
+
+
+NO_SOCKET: dict[str, Callable[[], int]] = {
+    "regular file": lambda: os.open(__file__, os.O_RDONLY),
+    "/dev/null": lambda: os.open(os.devnull, os.O_RDWR),
+    "O_PATH": lambda: os.open("/", os.O_PATH),
+    "pipe": pipe_end,
+    "eventfd": lambda: os.eventfd(0),
+}
+SAME_SOCKET = ("HOOK after UNHOOK, same (shut down) socket", "2nd HOOK same fd")
+
+
+def vsock_pair() -> tuple[socket.socket, socket.socket] | None:
+    """Return two connected vsock sockets; None on a host that has no transport for them."""
+    try:
+        with socket.socket(socket.AF_VSOCK) as server, contextlib.ExitStack() as stack:
+            server.settimeout(TIMEOUT_S)
+            server.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+            server.listen()
+            tool = stack.enter_context(socket.socket(socket.AF_VSOCK))
+            tool.settimeout(TIMEOUT_S)
+            tool.connect((VMADDR_CID_LOCAL, server.getsockname()[1]))
+            kernel_end = server.accept()[0]
+            stack.pop_all()
+            return tool, kernel_end
+    except OSError as error:
+        if error.errno not in NO_VSOCK:
+            raise
+        return None
 
 
 def socket_of_kind(kind: str) -> tuple[socket.socket | None, socket.socket]:
     """Return the tool's end, if there is one, and a new socket as the recording had it."""
+    if kind == "vsock loopback connected":
+        return vsock_pair() or tool_pair()
     if "unconnected" in kind or kind == "udp" or "listening" in kind:
-        family = socket.AF_UNIX if kind.startswith("unix") else socket.AF_INET
+        families = {"unix": socket.AF_UNIX, "vsoc": socket.AF_VSOCK}
+        family = families.get(kind[:4], socket.AF_INET)
         sock = socket.socket(family, socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM)
         if "listening" in kind:
             sock.bind("")  # an abstract name of the kernel's choice

@@ -15,6 +15,10 @@ from kvmi_libvirt.abi.kvmi import Ioctl, KvmiAbi
 from kvmi_libvirt.abi.v7 import V7
 from kvmi_libvirt.abi.v11 import V11
 from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt.emulator.memory import (
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_SET_USER_MEMORY_REGION2,
+)
 
 if TYPE_CHECKING:
     import socket
@@ -23,9 +27,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp]
 
 PAGE = 4096
-READONLY = 2
+LOG_DIRTY_PAGES, READONLY = 1, 2
 ENOENT = -2
-SET_REGION2 = 0x40A0AE49
 LAYOUTS = {"v12": struct.Struct("<QHHI"), "v11": struct.Struct("<QHHI"), "v7": struct.Struct("<QQ")}
 
 
@@ -109,17 +112,58 @@ def test_memory_when_slots_change_then_the_latest_count(victim: Emulated) -> Non
         assert tool.read(0, 1) == (ENOENT, b"")
         assert tool.max_gfn() == 9
 
+        # Moved in one call, and then without writes to be logged and with them again.
+        for gpa, flags in ((0x3000, 0), (0x3000, LOG_DIRTY_PAGES), (0x3000, 0)):
+            victim.do("set_region", vm=vm, slot=0, gpa=gpa, length=PAGE, address=first, flags=flags)
+            assert tool.read(gpa, 1) == (0, b"1")
+            assert tool.write(gpa, b"1") == 0
+        assert tool.read(0x8000, 1) == (ENOENT, b"")
+        assert tool.max_gfn() == 4
 
-def test_memory_when_a_slot_is_read_only_or_of_system_management_then_there_is_no_page(
-    victim: Emulated,
-) -> None:
+
+def test_memory_when_a_slot_is_read_only_then_there_is_no_page(victim: Emulated) -> None:
     vm = victim.make_vm()
-    victim.do("add_memory", vm=vm, gpa=0, data=bytes(PAGE).hex(), slot=0, flags=READONLY)
+    address = victim.do("add_memory", vm=vm, gpa=0, data=bytes(PAGE).hex(), flags=READONLY)
     with victim.hook(vm) as sock:
         tool = tool_of(victim, vm, sock)
 
         assert tool.read(0, 1) == (ENOENT, b"")
         assert tool.write(0, b"x") == ENOENT
+        assert tool.max_gfn() == 1
+        # As firmware does it: the slot goes, and comes back as memory.
+        victim.do("set_region", vm=vm, slot=0, gpa=0, length=0, address=0)
+        victim.do("set_region", vm=vm, slot=0, gpa=0, length=PAGE, address=address)
+        assert tool.write(0, b"x") == 0
+        assert tool.read(0, 2) == (0, b"x\0")
+
+
+def test_memory_when_a_slot_is_of_system_management_then_the_guest_s_own_counts(
+    victim: Emulated,
+) -> None:
+    vm = victim.make_vm()
+    victim.do("add_memory", vm=vm, gpa=0xA0000, data=(b"s" * PAGE).hex(), slot=1 << 16)
+    with victim.hook(vm) as sock:
+        tool = tool_of(victim, vm, sock)
+
+        assert tool.read(0xA0000, 1) == (ENOENT, b"")
+        assert tool.max_gfn() == 0
+        victim.do("add_memory", vm=vm, gpa=0xA0000, data=(b"g" * PAGE).hex(), slot=0)
+        assert tool.read(0xA0000, 1) == (0, b"g")
+        victim.do("set_region", vm=vm, slot=1 << 16, gpa=0xA0000, length=0, address=0)
+        assert tool.read(0xA0000, 1) == (0, b"g")
+
+
+def test_memory_when_another_process_sets_a_slot_then_it_does_not_count(victim: Emulated) -> None:
+    vm = victim.make_vm()
+    address = victim.do("add_memory", vm=vm, gpa=0, data=(b"o" * PAGE).hex())
+    region = struct.pack("=IIQQQ", 0, 0, 0x9000, PAGE, address).hex()
+    call = {"op": "ioctls", "fd": vm, "request": KVM_SET_USER_MEMORY_REGION, "arguments": [region]}
+    with victim.hook(vm) as sock:
+        assert victim.do("in_fork", calls=[call]) == [["EIO"]]
+
+        tool = tool_of(victim, vm, sock)
+        assert tool.read(0, 1) == (0, b"o")
+        assert tool.read(0x9000, 1) == (ENOENT, b"")
 
 
 def test_memory_when_its_pages_are_unmapped_then_enoent_and_the_tool_goes_on(
@@ -134,17 +178,35 @@ def test_memory_when_its_pages_are_unmapped_then_enoent_and_the_tool_goes_on(
         assert tool.write(0, b"x") == ENOENT
 
 
+def set_region2(victim: Emulated, vm: int, region: bytes) -> list[int | str]:
+    """Make KVM_SET_USER_MEMORY_REGION2; return its result."""
+    request, arguments = KVM_SET_USER_MEMORY_REGION2, [region.hex()]
+    answers: list[int | str] = victim.do("ioctls", fd=vm, request=request, arguments=arguments)
+    return answers
+
+
 def test_region2_when_the_kernel_has_it_then_it_is_noted_and_answered_by_the_kernel(
     victim: Emulated,
 ) -> None:
     vm = victim.make_vm()
     address = victim.do("add_memory", vm=vm, gpa=0, data=(b"r" * PAGE).hex())
     region = struct.pack("=IIQQQ128x", 1, 0, 0x4000, PAGE, address)
-    answer = victim.do("ioctls", fd=vm, request=SET_REGION2, arguments=[region.hex()])[0]
+    (answer,) = set_region2(victim, vm, region)
     if answer != 0:
         pytest.skip(f"this kernel has no KVM_SET_USER_MEMORY_REGION2 ({answer})")
     with victim.hook(vm) as sock:
-        assert tool_of(victim, vm, sock).read(0x4000, 1) == (0, b"r")
+        tool = tool_of(victim, vm, sock)
+        assert tool.read(0x4000, 1) == (0, b"r")
+        assert tool.max_gfn() == 5
+        for flags, read in ((READONLY, (ENOENT, b"")), (0, (0, b"r"))):
+            # What a slot may be is said when it is made.
+            for length in (0, PAGE):
+                region = struct.pack("=IIQQQ128x", 1, flags, 0x4000, length, address)
+                assert set_region2(victim, vm, region) == [0]
+            assert tool.read(0x4000, 1) == read
+        # Both calls are about the same slots.
+        victim.do("set_region", vm=vm, slot=1, gpa=0x4000, length=0, address=0)
+        assert tool.read(0x4000, 1) == (ENOENT, b"")
 
 
 def test_two_vms_when_each_has_memory_then_a_tool_sees_its_own_vm_s(victim: Emulated) -> None:

@@ -16,8 +16,9 @@ from emulator_harness import (
     Emulated,
     asked,
     feature,
-    hook_argument,
+    fill,
     received,
+    subscribed,
     wait_for_end,
 )
 
@@ -37,36 +38,6 @@ EVENT_V12 = struct.pack("<HHIQ", 0, 8, 1, 0)
 def victim() -> Iterator[Emulated]:
     with Emulated(V12) as made:
         yield made
-
-
-def subscribed(
-    victim: Emulated, vm: int, *, send_timeout_us: int = 0
-) -> tuple[socket.socket, socket.socket]:
-    """Hook *vm* with a tool that takes the unhook event; return its end, and the kernel's."""
-    tool, kernel_end = socket.socketpair()
-    tool.settimeout(20)
-    timeval = struct.pack("@ll", 0, send_timeout_us)
-    kernel_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-    kernel_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    fd = victim.give(kernel_end)
-    control = victim.abi.commands_by_name["KVMI_VM_CONTROL_EVENTS"].id
-    assert victim.ioctl(Ioctl.HOOK, vm, hook_argument(fd)) == 0
-    victim.do("close", fd=fd)
-    assert victim.ioctl(Ioctl.COMMAND, vm, feature(1, control)) == 0
-    assert victim.ioctl(Ioctl.EVENT, vm, feature(1, 0)) == 0
-    assert asked(tool, struct.pack("<HHIHBBI", control, 8, 5, 0, 1, 0, 0))[8:12] == bytes(4)
-    return tool, kernel_end
-
-
-def fill(victim: Emulated, vm: int) -> int:
-    """Make PREUNHOOK until one stays open; return how many did not."""
-    for done in range(1000):
-        victim.ask(**victim.call(Ioctl.PREUNHOOK, vm))
-        if not victim.has_answer(within_s=0.3):
-            victim.wait_until_blocked()
-            return done
-        assert victim.answer() == 0
-    pytest.fail("a socket without end")
 
 
 @pytest.mark.parametrize("abi", [V12, V7], ids=lambda abi: abi.name)

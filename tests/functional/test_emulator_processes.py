@@ -20,6 +20,7 @@ from emulator_harness import (
     feature,
     hook_argument,
     received,
+    tool_pair,
     trace_lines,
     wait_for_end,
 )
@@ -27,6 +28,7 @@ from support import supervisor_of, wait_until
 
 from kvmi_libvirt.abi.kvmi import KVM_CHECK_EXTENSION, KVM_RUN, Ioctl
 from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt.emulator.filter import KVM_CREATE_VCPU
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,6 +75,30 @@ def test_thread_when_it_calls_then_the_vm_is_its_own(victim: Emulated) -> None:
 
     assert victim.do("in_thread", call=victim.call(Ioctl.COMMAND, vm, feature(1, 8))) == [0]
     tool.close()
+
+
+def test_thread_when_it_has_a_file_table_of_its_own_then_its_descriptors_count(
+    victim: Emulated,
+) -> None:
+    vm = victim.make_vm()
+    tool, kernel_end = tool_pair()
+    with tool, kernel_end:
+        fd = victim.give(kernel_end)
+        # There the VM and the socket have numbers that are others, or nothing, in the main thread.
+        moved = {"vm": 300, "socket": 301}
+        calls = [
+            victim.call(Ioctl.HOOK, moved["vm"], hook_argument(moved["socket"])),
+            victim.call(Ioctl.COMMAND, moved["vm"], feature(1, 8)),
+            victim.call(Ioctl.COMMAND, vm, feature(1, 8)),
+        ]
+        answers = victim.do("in_unshared_thread", vm=vm, sock=fd, moved=moved, calls=calls)
+        if answers == "EINVAL":
+            pytest.skip("this kernel has no pidfd of a thread")
+
+        assert flat(answers) == [0, 0, "EBADF"]
+        assert command(victim, vm) == COMMAND_ON_HOOKED
+        assert command(victim, moved["vm"]) == "EBADF"
+        assert asked(tool, GET_VERSION)[8:16] == bytes(8)
 
 
 @pytest.mark.parametrize("is_hooked", [True, False], ids=["hooked", "never touched"])
@@ -161,6 +187,39 @@ def test_two_vms_when_in_one_process_then_each_has_its_own_rights_and_tool(
         assert victim.ioctl(Ioctl.UNHOOK, first) == 0
         assert received(first_tool, 1) == b""
         assert asked(second_tool, GET_VERSION)[8:16] == bytes(8)
+
+
+def test_vcpu_when_another_process_wants_to_create_it_then_it_does_not_count(
+    victim: Emulated,
+) -> None:
+    vm = victim.make_vm()
+    victim.do("create_vcpu", vm=vm, index=0)
+    with victim.hook(vm) as tool:
+        assert command(victim, vm) == 0
+        create = {"op": "ioctl", "fd": vm, "request": KVM_CREATE_VCPU, "argument": 1}
+        assert victim.do("in_fork", calls=[create]) == ["EIO"]
+
+        assert asked(tool, GET_INFO)[16:20] == struct.pack("<I", 1)
+
+
+def test_vcpu_when_it_comes_after_the_hook_then_counted_and_without_introspection_until_the_next(
+    victim: Emulated,
+) -> None:
+    vm = victim.make_vm()
+    victim.do("create_vcpu", vm=vm, index=0)
+    for vcpus in (1, 2):
+        with victim.hook(vm) as tool:
+            assert victim.ioctl(Ioctl.COMMAND, vm, feature(1, -1)) == 0
+            if vcpus == 1:
+                victim.do("create_vcpu", vm=vm, index=1)
+
+            assert asked(tool, GET_INFO)[16:20] == struct.pack("<I", 2)
+            answers = [
+                struct.unpack_from("<i", asked(tool, struct.pack("<HHIHHI", 3, 8, 1, i, 0, 0)), 8)
+                for i in range(3)
+            ]
+            assert answers == [(-95,), (-11 if vcpus == 1 else -95,), (-22,)]
+            assert victim.ioctl(Ioctl.UNHOOK, vm) == 0
 
 
 def test_64_vms_when_hooked_at_once_then_every_tool_is_served(victim: Emulated) -> None:

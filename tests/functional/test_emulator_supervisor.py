@@ -7,29 +7,25 @@ on itself: so a moment inside an iteration can be chosen.
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import signal
-import socket
-import subprocess
-import sys
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from emulator_harness import (
     GET_VERSION,
-    TIMEOUT_S,
-    VICTIM,
     feature,
     hook_argument,
     received,
     tool_pair,
     trace_lines,
 )
+from emulator_laboratory import Laboratory
 from support import wait_until
 
+from kvmi_libvirt import linux
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.seccomp import SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 from kvmi_libvirt.abi.v12 import V12
@@ -39,73 +35,16 @@ from kvmi_libvirt.emulator.kernel import Answer
 from kvmi_libvirt.emulator.listener import Call, Listener
 from kvmi_libvirt.emulator.process import read_argument
 from kvmi_libvirt.emulator.registry import Registry
-from kvmi_libvirt.emulator.supervisor import Supervisor
-from kvmi_libvirt.emulator.trace import Trace
-from kvmi_libvirt.newtypes import LocalFd
+from kvmi_libvirt.newtypes import Pid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
+
+    from kvmi_libvirt.newtypes import RemoteAddr, Tid
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp]
 
 HOOK, COMMAND = V12.request(Ioctl.HOOK), V12.request(Ioctl.COMMAND)
-
-
-class Laboratory:
-    """A victim with a filter, and its supervisor, stepped by the test."""
-
-    def __init__(self, trace_path: Path, flags: int) -> None:
-        self.trace_path = trace_path
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(TIMEOUT_S)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, str(VICTIM), str(theirs.fileno())], pass_fds=[theirs.fileno()]
-            )
-        self._ask("install_filter", abi="v12", flags=flags)
-        _, fds, _, _ = socket.recv_fds(self._control, 4096, 1)
-        self.listener = LocalFd(fds[0])
-        self._trace = Trace(trace_path)
-        self.supervisor = Supervisor(self.listener, V12, self._trace, stand_in=False)
-
-    def close(self) -> None:
-        self._control.close()
-        self.process.kill()
-        self.process.wait()
-        with self.supervisor:
-            pass
-        self._trace.close()
-        os.close(self.listener)
-
-    def _ask(self, op: str, *, fds: Sequence[int] = (), **arguments: Any) -> None:
-        socket.send_fds(self._control, [json.dumps({"op": op, **arguments}).encode()], list(fds))
-
-    def do(self, op: str, *, fds: Sequence[int] = (), **arguments: Any) -> Any:
-        """Let the victim do *op*, serving its notifications until it answers."""
-        self._ask(op, fds=fds, **arguments)
-        poll = select.poll()
-        poll.register(self.listener, select.POLLIN)
-        poll.register(self._control, select.POLLIN)
-        while True:
-            ready = dict(poll.poll(TIMEOUT_S * 1000))
-            assert ready, "neither an answer nor a notification"
-            if ready.get(self._control.fileno()):
-                return json.loads(self._control.recv(1 << 17))["result"]
-            self.supervisor.serve_once()
-
-    def ioctl(self, vm: int, request: int, argument: str) -> int | str:
-        result: int | str = self.do("ioctls", fd=vm, request=request, arguments=[argument])[0]
-        return result
-
-    def make_vm(self) -> int:
-        return int(self.do("create_vm", kvm=self.do("open_kvm")))
-
-    def give(self, sock: socket.socket) -> int:
-        return int(self.do("received", fds=[sock.fileno()])[0])
-
-    def errors(self) -> list[str]:
-        self._trace.flush()
-        return [line["error"] for line in trace_lines(self.trace_path) if "error" in line]
 
 
 @pytest.fixture
@@ -236,6 +175,34 @@ def test_create_vm_when_the_handler_fails_then_the_kernel_makes_the_vm_all_the_s
     assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == "EIO"
 
 
+def test_argument_when_another_thread_changes_it_then_what_was_read_first_counts(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = laboratory.make_vm()
+    tool, kernel_end = tool_pair()
+    reads = []
+
+    def reading(tid: Tid, address: RemoteAddr, length: int) -> bytes | None:
+        argument = read_argument(tid, address, length)
+        reads.append(argument)
+        linux.process_vm_writev(Pid(tid), address, bytes.fromhex(feature(1, -1)))
+        return argument
+
+    with tool, kernel_end:
+        assert laboratory.ioctl(vm, HOOK, hook_argument(laboratory.give(kernel_end))) == 0
+        monkeypatch.setattr(calls_module, "read_argument", reading)
+        assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == 0
+
+        asking = [struct.pack("<HHIHHI", 4, 8, i, i, 0, 0) for i in (8, 12)]
+        tool.sendall(b"".join(asking))
+        laboratory.supervisor.serve_once()
+        replies = received(tool, 32)
+    assert reads == [bytes.fromhex(feature(1, 8))]
+    assert [error for *_, error, _ in struct.iter_unpack("<HHIiI", replies)] == [0, -1]
+    laboratory.errors()  # writes the trace
+    assert trace_lines(laboratory.trace_path)[-1]["args"] == {"allow": 1, "id": 8}
+
+
 def test_caller_when_killed_after_its_memory_was_read_then_nothing_is_decided_or_answered(
     laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,3 +222,35 @@ def test_caller_when_killed_after_its_memory_was_read_then_nothing_is_decided_or
 
     assert decided == []
     assert laboratory.errors() == []
+
+
+def test_vms_and_threads_when_they_come_and_go_then_they_are_forgotten(
+    laboratory: Laboratory,
+) -> None:
+    held = laboratory.make_vm()
+    tool, kernel_end = tool_pair()
+    with tool, kernel_end:
+        assert laboratory.ioctl(held, HOOK, hook_argument(laboratory.give(kernel_end))) == 0
+        registry = laboratory.supervisor._registry
+        for _ in range(200):
+            vm = laboratory.make_vm()
+            assert laboratory.do("create_vcpu", vm=vm, index=0) >= 0  # by which it is known
+            request = {"fd": vm, "request": COMMAND, "arguments": [feature(1, 8)]}
+            call = {"op": "ioctls", **request}
+            assert laboratory.do("in_thread", call=call) == ["EFAULT"]
+            laboratory.do("close_all", keep=[held])
+
+        assert len(registry._vms) < 100
+        assert len(registry._threads) < 100
+        assert laboratory.ioctl(held, COMMAND, feature(1, 8)) == 0
+
+
+def test_trace_when_calls_come_without_a_pause_then_its_lines_are_written_all_the_same(
+    laboratory: Laboratory,
+) -> None:
+    vm = laboratory.make_vm()
+    arguments = [feature(1, 8)] * 2500
+    answers = laboratory.do("ioctls", fd=vm, request=COMMAND, arguments=arguments)
+    assert answers == ["EFAULT"] * 2500
+
+    assert len(trace_lines(laboratory.trace_path)) >= 1000

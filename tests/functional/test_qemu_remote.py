@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import socket
@@ -10,14 +11,21 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from tracee_harness import Victim, running
+from tracee_harness import NR_GETPID, Victim, running
 
 from kvmi_libvirt import worker
 from kvmi_libvirt.errors import RemoteSyscallError, SessionError
 from kvmi_libvirt.newtypes import Pid, RemoteFd
+from kvmi_libvirt.qemu import tracee as tracee_module
 from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.qemu.rehearsal import NO_VM, rehearse
-from kvmi_libvirt.qemu.remote import MESSAGE_LEN, RECEIVED_FD_OFFSET, Remote, socket_link
+from kvmi_libvirt.qemu.remote import (
+    MESSAGE_LEN,
+    RECEIVED_FD_OFFSET,
+    Remote,
+    half_of_pair,
+    socket_link,
+)
 from kvmi_libvirt.qemu.tracee import attach_parked
 from kvmi_libvirt.session import Report
 
@@ -94,6 +102,30 @@ def test_a_socket_is_handed_over_and_its_number_left_where_hook_wants_it(
     assert victim.report()["result"] == 1
 
 
+def test_the_tools_socket_goes_through_no_other_than_the_pair_that_was_made(
+    victim: Victim, sock: socket.socket
+) -> None:
+    # As if another thread of QEMU had put it in the pair's place meanwhile.
+    stdin = RemoteFd(0)
+
+    with pytest.raises(SessionError, match="descriptor 0 is no socket of a pair any more"):
+        visit(victim, lambda remote: remote.send_through(stdin, sock), keep=(sock.fileno(),))
+
+
+def test_a_pair_is_a_process_own_only_if_it_made_it(victim: Victim, sock: socket.socket) -> None:
+    ours = RemoteFd(sock.fileno())
+    with Process(Pid(os.getpid())) as process, socket.socket() as other:
+        with half_of_pair(process, ours) as pair:
+            assert pair is not None
+            assert os.fstat(pair.fileno()).st_ino == os.fstat(sock.fileno()).st_ino
+        with half_of_pair(process, RemoteFd(other.fileno())) as pair:
+            assert pair is None
+        # A copy that another process has, as one that was handed to it.
+        process.pid = Pid(victim.pid)
+        with half_of_pair(process, ours) as pair:
+            assert pair is None
+
+
 def test_a_full_descriptor_table_is_told_and_leaves_nothing(
     victim: Victim, sock: socket.socket
 ) -> None:
@@ -134,6 +166,24 @@ def test_a_rehearsal_makes_the_same_calls_in_this_process(sock: socket.socket) -
 
     ((received, block),) = blocks
     assert block == received.to_bytes(4, "little") + AFTER
+
+
+def test_a_rehearsal_is_no_visit_and_leaves_this_process_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reached: list[str] = []
+    calls: list[int] = []
+    monkeypatch.setattr(tracee_module, "_trace", reached.append)
+    before = os.sched_getscheduler(0), os.sched_getaffinity(0), gc.isenabled()
+
+    def work(remote: Remote) -> None:
+        calls.append(remote.call("getpid", NR_GETPID))
+
+    rehearse(work)
+
+    assert calls == [os.getpid()]
+    assert reached == []
+    assert (os.sched_getscheduler(0), os.sched_getaffinity(0), gc.isenabled()) == before
 
 
 def test_a_rehearsal_that_fails_is_not_a_failure(sock: socket.socket) -> None:

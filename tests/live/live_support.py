@@ -258,14 +258,3 @@ def processes_with(text: str) -> set[int]:
             if text.encode() in (entry / "cmdline").read_bytes():
                 found.add(int(entry.name))
     return found
-
-
-def supervisors() -> set[int]:
-    """Return the processes that hold a seccomp listener: the emulator's supervisors."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            links = [os.readlink(fd) for fd in (entry / "fd").iterdir()]
-            if any("seccomp notify" in link for link in links):
-                found.add(int(entry.name))
-    return found

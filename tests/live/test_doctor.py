@@ -24,9 +24,8 @@ from live_support import (
     element,
     probe,
     processes_with,
-    supervisors,
 )
-from support import wait_until
+from support import supervisor_of, wait_for_supervisor, wait_until
 
 from kvmi_libvirt import daemons, installer
 from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
@@ -390,11 +389,10 @@ def test_agent_down(vm: Vm, tmp_path: Path, end: str) -> None:
 
 
 def test_emulator_gone_while_the_vm_runs(vm: Vm) -> None:
-    before = supervisors()
     with hooked(vm):
-        (supervisor,) = supervisors() - before
+        supervisor = wait_for_supervisor(vm.pid())
         os.kill(supervisor, signal.SIGKILL)
-        wait_until(lambda: supervisor not in supervisors(), what="the supervisor has ended")
+        wait_until(lambda: supervisor_of(vm.pid()) is None, what="the supervisor has ended")
 
         for found in (doctor(vm.name), doctor()):
             assert "the KVMI emulator it runs on has ended" in found.first_fail

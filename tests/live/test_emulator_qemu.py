@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from support import wait_for_supervisor, wait_until
 
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.revisions import by_name
+from kvmi_libvirt.errors import KvmiLibvirtError
 from kvmi_libvirt.introspect import hook_vm
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.policy.element import parse_domain
@@ -165,13 +167,16 @@ class Emulated:
 
 @contextlib.contextmanager
 def emulated_qemu(
-    abi: str, directory: Path, *, qemu_options: tuple[str, ...] = ()
+    abi: str, directory: Path, *, qemu_options: tuple[str, ...] = (), program: str = "emulate"
 ) -> Iterator[Emulated]:
-    """Run a QEMU with its guest paused at the start."""
+    """Run a QEMU with its guest paused at the start, below "emulate" or the "wrapper"."""
     monitor = directory / "qmp"
     trace = directory / "trace.jsonl"
     command = [str(BIN / "kvmi-libvirt"), "emulate", "--abi", abi, "--trace", str(trace)]
-    command += ["--", "qemu-system-x86_64", "-S", "-name", "bare", "-uuid", UUID]
+    command += ["--", "qemu-system-x86_64"]
+    if program == "wrapper":
+        command = [str(BIN / f"kvmi-emulated-qemu-{abi}".removesuffix("-v12"))]
+    command += ["-S", "-name", "bare", "-uuid", UUID]
     command += ["-machine", "q35,accel=kvm", "-smp", "2", "-m", str(RAM_LEN >> 20)]
     command += ["-nodefaults", "-no-user-config", "-display", "none"]
     command += ["-qmp", f"unix:{monitor},server=on,wait=off", "-sandbox", "on", *qemu_options]
@@ -339,6 +344,37 @@ def test_denied_when_asked_by_the_independent_client_then_eperm(abi: str, tmp_pa
             assert client.ask("subscribe") == {"error": EPERM, "data": None}
         finally:
             client.process.communicate()
+
+
+@pytest.mark.parametrize("program", ["emulate", "wrapper"])
+def test_guest_when_the_supervisor_was_killed_then_it_boots_and_is_reset_all_the_same(
+    program: str, tmp_path: Path
+) -> None:
+    # Firmware changes the memory map all the time; QEMU ends itself where it cannot.
+    with emulated_qemu("v12", tmp_path, qemu_options=("-device", "VGA"), program=program) as vm:
+        supervisor = wait_for_supervisor(vm.process.pid)
+        wait_until(lambda: is_python(supervisor), what="the supervisor is Python")
+        pidfd = os.pidfd_open(supervisor)
+        os.kill(supervisor, signal.SIGKILL)
+        assert select.select([pidfd], [], [], TIMEOUT_S)[0]
+        os.close(pidfd)
+
+        for _ in range(2):
+            vm.qmp.ask("system_reset")
+            vm.qmp.ask("cont")
+            # Where SeaBIOS puts the option ROM that it has read from the device.
+            wait_until(
+                lambda: vm.qmp.memory(0xC0000, 2) == b"\x55\xaa", what="it boots", timeout_s=60
+            )
+            assert vm.qmp.ask("query-status")["running"] is True
+        with pytest.raises(KvmiLibvirtError, match="emulator of this VM has ended"):
+            vm.hook(tmp_path / "tool.sock", COMMANDS, EVENTS)
+        assert vm.process.poll() is None
+
+
+def is_python(pid: int) -> bool:
+    """Say whether the first stage is over."""
+    return "python" in os.readlink(f"/proc/{pid}/exe")
 
 
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])

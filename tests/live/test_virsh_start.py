@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import host
 import pytest
-from live_support import allowed, cli, element, probe, processes_with, supervisors
-from support import wait_until
+from live_support import allowed, cli, element, probe, processes_with
+from support import wait_for_supervisor, wait_until
 
-from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED
+from kvmi_libvirt.abi.kvmi import Ioctl
+from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED, by_name
 
 if TYPE_CHECKING:
     from live_support import Vm
@@ -42,13 +43,20 @@ def status(vm: Vm) -> dict[str, object]:
     return found
 
 
-def test_the_tool_gets_exactly_what_the_element_allows(vm: Vm) -> None:
-    vm.define(hooked(vm))
+@pytest.mark.parametrize("abi", ["v12", "v11", "v7"])
+def test_the_tool_gets_exactly_what_the_element_allows(vm: Vm, abi: str) -> None:
+    emulator = vm.host.emulator
+    if abi != "v12":  # the wrapper's name says which kernel it is
+        emulator = vm.host.directory / f"kvmi-emulated-qemu-{abi}"
+        emulator.unlink(missing_ok=True)
+        emulator.symlink_to(vm.host.emulator)
+    vm.define(hooked(vm), emulator=emulator)
     with probe(vm.socket) as tool:
         vm.must_start()
         answers = tool.result()
         pid = vm.pid()
 
+        assert answers["abi"] == abi
         assert answers["name"] == vm.name
         assert answers["uuid"] == vm.uuid
         assert allowed(answers["commands"]) == {*COMMANDS, *ALWAYS_ALLOWED}
@@ -60,6 +68,7 @@ def test_the_tool_gets_exactly_what_the_element_allows(vm: Vm) -> None:
 
         found = status(vm)
         assert (found["state"], found["pid"], found["error"]) == ("hooked", pid, None)
+        assert found["abi"] == abi
         assert set(found["commands"]) == set(COMMANDS)  # type: ignore[call-overload]
         assert set(found["events"]) == set(EVENTS)  # type: ignore[call-overload]
 
@@ -75,24 +84,28 @@ def test_the_tool_gets_exactly_what_the_element_allows(vm: Vm) -> None:
         granted = [line["args"] for line in done[1:]]
         assert len(granted) == len(COMMANDS) + len(EVENTS)
         assert all(args["allow"] == 1 and args["id"] >= 0 for args in granted)
+        table = by_name(abi)
+        assert {int(done[0]["request"], 16)} == {table.request(Ioctl.HOOK)}
+        ids = [table.commands_by_name[name].id for name in COMMANDS]
+        ids += [table.events_by_name[name].id for name in EVENTS]
+        assert sorted(args["id"] for args in granted) == sorted(ids)
 
 
 def test_destroy_leaves_nothing_behind(vm: Vm) -> None:
     vm.define(hooked(vm))
     with probe(vm.socket) as tool:
         daemon_fds = open_fd_count()
-        before = supervisors()
         vm.must_start()
         tool.result()
         pid = vm.pid()
         assert state_files(vm)
         assert processes_with(vm.uuid) == {pid}
-        assert len(supervisors() - before) == 1
+        wait_for_supervisor(pid)
 
         assert vm.virsh("destroy", vm.name).returncode == 0
 
-        # The supervisor ends by itself when its QEMU has gone.
-        wait_until(lambda: not supervisors() - before, what="the supervisor ended")
+        # The supervisor, and who stands by, end by themselves when their QEMU has gone.
+        wait_until(lambda: not processes_with(f"for process {pid}\0"), what="they have ended")
         assert not Path(f"/proc/{pid}").exists()
         assert not state_files(vm)
         wait_until(lambda: open_fd_count() <= daemon_fds, what="libvirtd closed its fds")

@@ -62,7 +62,9 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "qemu.looking": BASE | {"abi", "linux", "qemu.parked", "qemu.process"},
         "qemu.kept_signals": BASE | {"abi", "linux", "qemu.process"},
         "qemu.remote": BASE | {"abi", "linux", "qemu.process"},
-        "qemu.rehearsal": BASE | {"abi", "linux", "qemu.process", "qemu.remote"},
+        "qemu.rehearsal": BASE
+        | {"abi", "linux"}
+        | {f"qemu.{name}" for name in ("looking", "parked", "process", "remote", "tracee")},
         "qemu.tracee": BASE
         | {"abi", "linux"}
         | {f"qemu.{name}" for name in ("parked", "urgency", "looking", "kept_signals", "process")},

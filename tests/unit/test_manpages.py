@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parents[2]
 MAN: Final = ROOT / "packaging" / "man"
 PAGES: Final = sorted(MAN.glob("*.[1-8]"))
+SOURCES: Final = [
+    *(ROOT / "kvmi_libvirt").rglob("*.py"),
+    *(path for path in (ROOT / "hooks").rglob("*") if path.is_file()),
+    *(path for path in (ROOT / "scripts").iterdir() if path.is_file()),
+]
 SCHEMAS: Final = sorted((ROOT / "xml-schemas").glob("*.rng"))
 RNG: Final = "{http://relaxng.org/ns/structure/1.0}"
 
@@ -72,9 +77,60 @@ def test_mandoc_finds_nothing(page: Path) -> None:
     assert [done.stdout, done.returncode] == ["", 0]
 
 
+def section_of(name: str, heading: str) -> str:
+    """Return what stands below a heading of a page, "" where there is none."""
+    _, _, rest = text_of(name).partition(f".SH {heading}\n")
+    return rest.partition("\n.SH ")[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_has_what_pages_have(page: Path) -> None:
+    for heading in ("NAME", "DESCRIPTION", "FILES", "EXAMPLES", "SEE ALSO"):
+        assert section_of(page.name, heading), heading
+    # The policy's is about files, not a command.
+    assert bool(section_of(page.name, "SYNOPSIS")) == (page.suffix != ".5")
+
+
+def test_the_command_s_page_leads_to_the_others_and_they_to_it() -> None:
+    command = MAN / "kvmi-libvirt.1"
+    for page in PAGES:
+        if page != command:
+            for here, there in ((command, page), (page, command)):
+                name = f"{there.stem} ({there.suffix[1:]})"
+
+                assert name in section_of(here.name, "SEE ALSO"), f"{here.name}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_it_names_is_one_of_ours(page: Path) -> None:
+    sources = [*SOURCES, *(ROOT / "packaging").rglob("*"), ROOT / "setup.cfg"]
+    text = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in sources
+        if path.is_file() and path.parent != MAN
+    )
+    for named in re.findall(r"/(?:etc|run|usr|var)/[\w./-]+", section_of(page.name, "FILES")):
+        # A path is made of a directory and a name: the last two parts must be there.
+        directory, _, name = named.rstrip("/").removesuffix("/VMID.xml").rpartition("/")
+        known = name.replace("emulator-PID", "emulator-")
+
+        assert directory.rpartition("/")[2] in text, named
+        assert known.removesuffix(".jsonl") in text, named
+
+
+def test_every_variable_that_is_read_is_explained_and_no_other() -> None:
+    code = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    read = re.findall(r"""(?:environ|variables)(?:\.get\(|\[)"([A-Z_]+)\"""", code)
+    read += re.findall(r"""_VARIABLE: Final = "([A-Z_]+)\"""", code)
+    told = "\n".join(section_of(page.name, "ENVIRONMENT") for page in PAGES)
+    terms = re.findall(r"^\.TP\n\.BR? (.*)$", told, re.MULTILINE)
+
+    assert {name for term in terms for name in re.findall(r"[A-Z_]{3,}", term)} == set(read)
+
+
 def test_every_exit_code_is_explained() -> None:
-    _, _, section = text_of("kvmi-libvirt.1").partition(".SH EXIT STATUS\n")
-    explained = re.findall(r"^\.TP\n(\d+)$", section.partition(".SH")[0], re.MULTILINE)
+    section = section_of("kvmi-libvirt.1", "EXIT STATUS")
+    explained = re.findall(r"^\.TP\n(\d+)$", section, re.MULTILINE)
 
     assert [int(code) for code in explained] == sorted(ExitCode)
 
@@ -105,8 +161,8 @@ def test_every_key_of_the_agents_configuration_is_explained() -> None:
     with pytest.raises(UsageError) as refused:
         parse_settings(b"[agent]\nno-such-key = 1\n", source="agent.conf")
     known = str(refused.value).rpartition("known are ")[2].split(", ")
-    _, _, section = text_of("kvmi-libvirt-agent.8").partition(".SH CONFIGURATION\n")
-    explained = re.findall(r"^\.TP\n\.B (\S+)$", section.partition(".SH")[0], re.MULTILINE)
+    section = section_of("kvmi-libvirt-agent.8", "CONFIGURATION")
+    explained = re.findall(r"^\.TP\n\.B (\S+)$", section, re.MULTILINE)
 
     assert sorted(explained) == sorted(known)
 

@@ -9,12 +9,14 @@ Judges itself: results are what its own system calls returned.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import json
 import mmap
 import os
+import random
 import signal
 import socket
 import struct
@@ -30,6 +32,11 @@ KVM_CREATE_VM = 0xAE01
 KVM_CREATE_VCPU = 0xAE41
 KVM_RUN = 0xAE80
 KVM_SET_USER_MEMORY_REGION = 0x4020AE46
+# <linux/userfaultfd.h>
+SYS_USERFAULTFD = 323
+UFFD_API, UFFDIO_API, UFFDIO_REGISTER = 0xAA, 0xC018AA3F, 0xC020AA00
+UFFDIO_REGISTER_MODE_MISSING = 1
+CLONE_FILES = 0x400
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
@@ -88,6 +95,9 @@ class Victim:
     def __init__(self) -> None:
         self._pages: list[mmap.mmap] = []
         self._running = False
+        self._toys: list[int] = []
+        self._systems: list[int] = []
+        self._channels: list[int] = []
 
     def open_kvm(self) -> int:
         return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
@@ -115,6 +125,10 @@ class Victim:
         fcntl.ioctl(vm, KVM_SET_USER_MEMORY_REGION, region)
         return 0
 
+    def guest_memory(self, index: int) -> str:
+        """Return the contents of the memory that was added as the *index*th."""
+        return bytes(self._pages[index]).hex()
+
     def memory(self, address: int, length: int) -> str:
         return ctypes.string_at(address, length).hex()
 
@@ -129,6 +143,16 @@ class Victim:
 
     def close(self, fd: int) -> None:
         os.close(fd)
+
+    def close_all(self, keep: list[int]) -> None:
+        """Close every KVM descriptor but those to be kept."""
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                is_kvm = "kvm" in os.readlink(f"/proc/self/fd/{name}")
+            except FileNotFoundError:  # the listing's own
+                continue
+            if is_kvm and int(name) not in keep:
+                os.close(int(name))
 
     def socketpair(self) -> list[int]:
         return [sock.detach() for sock in socket.socketpair()]
@@ -150,8 +174,36 @@ class Victim:
     ) -> int | str:
         return ioctl_at_end_of_memory(fd, request, argument, inside)
 
+    def ioctl_at_missing_page(self, fd: int, request: int) -> int | str:
+        """Pass a structure in a page that a user fault handler would have to bring, and is not."""
+        page = mmap.mmap(-1, mmap.PAGESIZE)
+        address = ctypes.addressof((ctypes.c_char * 0).from_buffer(page))
+        handler = libc.syscall(SYS_USERFAULTFD, os.O_CLOEXEC)
+        fcntl.ioctl(handler, UFFDIO_API, struct.pack("=QQQ", UFFD_API, 0, 0))
+        region = struct.pack("=QQQQ", address, mmap.PAGESIZE, UFFDIO_REGISTER_MODE_MISSING, 0)
+        fcntl.ioctl(handler, UFFDIO_REGISTER, region)
+        return ioctl(fd, request, address)
+
     def in_thread(self, call: dict[str, Any]) -> Any:
         return in_thread(lambda: self.do(call))
+
+    def in_unshared_thread(
+        self, vm: int, sock: int, moved: dict[str, int], calls: list[dict[str, Any]]
+    ) -> Any:
+        """Make calls in a thread whose file table has the two under other numbers only."""
+
+        def work() -> Any:
+            try:
+                os.close(os.pidfd_open(threading.get_native_id(), os.O_EXCL))  # PIDFD_THREAD
+            except OSError as error:  # before Linux 6.9
+                return errno.errorcode[error.errno or 0]
+            assert libc.unshare(CLONE_FILES) == 0
+            for name, fd in (("vm", vm), ("socket", sock)):
+                os.dup2(fd, moved[name])
+                os.close(fd)
+            return [self.do(call) for call in calls]
+
+        return in_thread(work)
 
     def in_fork(self, calls: list[dict[str, Any]]) -> Any:
         return in_fork(lambda: [self.do(call) for call in calls])
@@ -200,6 +252,79 @@ class Victim:
 
     def wait_child(self, pid: int) -> int:
         return os.waitpid(pid, 0)[1]
+
+    def chaos(self, seed: int, rounds: int, held: int) -> list[str]:
+        """Do anything in four threads and in children, but nothing that works to *held*.
+
+        Returns the different results of the introspection ioctls.
+        """
+        answers: set[str] = set()
+        self._channels = self.socketpair()
+
+        def work(number: int) -> None:
+            choose = random.Random(seed * 100 + number)
+            for _ in range(rounds):
+                answers.update(self._do_something(choose, held))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sorted(answers)
+
+    def _do_something(self, choose: random.Random, held: int) -> list[str]:
+        requests = {"HOOK": 0x4018AEC8, "UNHOOK": 0xAEC9, "PREUNHOOK": 0xAECC}
+        features = {"COMMAND": 0x4008AECA, "EVENT": 0x4008AECB}
+        what = choose.randrange(10)
+        fd = choose.choice([-1, choose.randrange(40), choose.randrange(40), 2**31 - 1])
+        if what == 0:
+            with contextlib.suppress(OSError):
+                vm = self.create_vm(self._kvm(choose))
+                self._toys.append(vm)
+            return []
+        if what == 1 and self._toys:
+            toy = self._toys.pop()
+            with contextlib.suppress(OSError):
+                os.close(toy)
+            return []
+        if what == 2 and self._toys:
+            with contextlib.suppress(OSError):
+                self.create_vcpu(choose.choice(self._toys), choose.randrange(300))
+            return []
+        if what == 3:
+            request = choose.choice([*requests.values(), *features.values()])
+            return [str(in_fork(lambda: ioctl(held, request, 0)))]
+        if what == 4:  # a name without a process any more, soon
+            child = os.fork()
+            if child == 0:
+                ioctl(held, features["COMMAND"], 0)
+                os._exit(0)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return []
+        if self._toys and what > 5:
+            with contextlib.suppress(IndexError):
+                fd = choose.choice(self._toys)
+        if fd == held:
+            return []
+        high = choose.choice([0, 0, 1 << 32, 0xFFFFFFFF << 32])
+        if choose.random() < 0.5:
+            argument = struct.pack("=Ii", choose.randrange(4), choose.randrange(-3, 40))
+            buffer = ctypes.create_string_buffer(argument, 8)
+            request = choose.choice([*features.values()])
+        else:
+            channel = choose.choice([-2, -1, 10_000, held, *self._channels])
+            argument = struct.pack("=iI16x", channel, choose.randrange(2))
+            buffer = ctypes.create_string_buffer(argument, 24)
+            request = choose.choice([*requests.values()])
+        address = choose.choice([ctypes.addressof(buffer)] * 4 + [0, 1, 2**63, 2**47 - 4])
+        return [str(ioctl(fd, request | high, address))]
+
+    def _kvm(self, choose: random.Random) -> int:
+        if not self._systems:
+            self._systems.append(self.open_kvm())
+        return self._systems[0]
 
     def run(self, vcpu: int) -> list[int | str]:
         """Let the vCPU run once; return KVM_RUN's result and the exit reason."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmi_libvirt import libvirtio
+from kvmi_libvirt.cli import check as check_verb
 from kvmi_libvirt.cli import main
 from kvmi_libvirt.cli import set as set_verb
 from kvmi_libvirt.policy.element import parse_document
@@ -33,7 +34,8 @@ ELEMENT = f"""<k:introspection xmlns:k="{NAMESPACE}" mode="required" profile="ob
 @pytest.fixture(autouse=True)
 def _driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     # What the driver was told lives as long as a connection is open.
-    monkeypatch.setattr(set_verb, "load_host_policy", HostPolicy)
+    for verb in (set_verb, check_verb):  # this host may have a policy of its own
+        monkeypatch.setattr(verb, "load_host_policy", HostPolicy)
     connection = libvirt.open(URI)
     yield connection
     connection.close()

@@ -37,7 +37,7 @@ def hooked_vm(kernel: Kernel) -> VmState:
     vm = VmState()
     hook = kernel.handle(vm, Ioctl.HOOK, HOOK_ARGUMENT, same_mm=True)
     assert isinstance(hook, TakeSocket)
-    assert kernel.complete_hook(vm, hook, is_socket=True) == Answer()
+    assert kernel.complete_hook(vm, hook, is_socket=True, vcpu_count=1) == Answer()
     return vm
 
 
@@ -80,7 +80,7 @@ def test_hook_when_hooked_then_eexist_before_the_fd_is_looked_at(kernel: Kernel)
 def test_hook_when_the_fd_is_no_socket_then_einval_and_unhooked(kernel: Kernel) -> None:
     vm = VmState()
 
-    answer = kernel.complete_hook(vm, TakeSocket(fd=9, uuid=b""), is_socket=False)
+    answer = kernel.complete_hook(vm, TakeSocket(fd=9, uuid=b""), is_socket=False, vcpu_count=1)
 
     assert answer == Answer(errno=errno.EINVAL)
     assert vm == VmState()

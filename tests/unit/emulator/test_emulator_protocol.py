@@ -23,7 +23,7 @@ from kvmi_libvirt.emulator.protocol import (
 ALL = (1 << 64) - 1
 HEADER = struct.Struct("<HHI")
 
-EPERM, ENOENT, EINVAL, EOPNOTSUPP, ENOSYS = -1, -2, -22, -95, -1000
+EPERM, ENOENT, EAGAIN, EINVAL, EOPNOTSUPP, ENOSYS = -1, -2, -11, -22, -95, -1000
 
 
 class TwoVcpus:
@@ -40,8 +40,14 @@ class TwoVcpus:
         return 0
 
 
-def service(*, commands: int = 0, events: int = 0) -> Service:
-    vm = VmState(hooked=True, connected=True, commands=commands, events=events)
+def service(*, commands: int = 0, events: int = 0, introspected_vcpus: int = 2) -> Service:
+    vm = VmState(
+        hooked=True,
+        connected=True,
+        commands=commands,
+        events=events,
+        introspected_vcpus=introspected_vcpus,
+    )
     return Service(V12, vm, TwoVcpus())
 
 
@@ -80,6 +86,15 @@ def test_vcpu_command_when_the_header_is_right_then_eopnotsupp() -> None:
 )
 def test_vcpu_command_when_the_header_is_wrong_then_einval(header: tuple[int, int, int]) -> None:
     assert error(service(commands=ALL), 3, struct.pack("<HHI", *header)) == EINVAL
+
+
+def test_vcpu_when_it_came_after_the_hook_then_eagain_but_for_pause() -> None:
+    served = service(commands=ALL, events=ALL, introspected_vcpus=1)
+
+    answers = {vcpu: error(served, 3, struct.pack("<HHI", vcpu, 0, 0)) for vcpu in range(3)}
+    assert answers == {0: EOPNOTSUPP, 1: EAGAIN, 2: EINVAL}
+    assert error(served, 3, struct.pack("<HHI", 1, 1, 0)) == EINVAL
+    assert error(served, 16, struct.pack("<HBBI", 1, 0, 0, 0)) == EOPNOTSUPP
 
 
 def test_vm_command_when_not_emulated_then_eopnotsupp_for_who_may_use_it() -> None:

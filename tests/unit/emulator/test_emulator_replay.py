@@ -69,10 +69,10 @@ class PureMachine:
     def max_gfn(self) -> int:
         return len(self.memory) // 4096
 
-    def tool_end(self) -> None:
+    def tool_end(self, *, is_patient: bool) -> None:
         return None
 
-    def send_into_the_end(self, data: bytes) -> None:
+    def send_into_the_end(self, data: bytes, *, is_patient: bool) -> None:
         try:
             self.exchange([data], 0)
         except ChannelBroken:
@@ -91,7 +91,7 @@ class PureMachine:
         argument = struct.pack("=iI16s", 5, padding, uuid)
         return self._ioctl(Ioctl.HOOK, argument, is_socket=is_socket)
 
-    def simple(self, ioctl: Ioctl) -> str | None:
+    def simple(self, ioctl: Ioctl, argument: int) -> str | None:
         return self._ioctl(ioctl, b"")
 
     def exchange(self, pieces: list[bytes], length: int) -> bytes:
@@ -106,7 +106,9 @@ class PureMachine:
         outcome = self.kernel.handle(self.vm, ioctl, argument, same_mm=True)
         if isinstance(outcome, TakeSocket):
             self.decoder, self.received = Decoder(), b""
-            outcome = self.kernel.complete_hook(self.vm, outcome, is_socket=is_socket)
+            outcome = self.kernel.complete_hook(
+                self.vm, outcome, is_socket=is_socket, vcpu_count=self.vcpus
+            )
         if isinstance(outcome, SendUnhookEvent):
             # Not connected is what the supervisor finds on the socket.
             sent = self.vm.connected

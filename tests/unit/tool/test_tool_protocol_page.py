@@ -169,5 +169,141 @@ def test_ids_when_compared_with_the_tables_then_they_are_all_there(abi: KvmiAbi,
     assert found == {entry.name: entry.id for entry in entries}
 
 
+# -- the tables of commands, mechanically ---------------------------------------------------
+
+SIZES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "s32": 4, "s64": 8, "char": 1}
+NAMES = {
+    "CHECK_COMMAND": "KVMI_VM_CHECK_COMMAND",
+    "CHECK_EVENT": "KVMI_VM_CHECK_EVENT",
+    "GET_VERSION": "KVMI_GET_VERSION",
+}
+TABLES = {
+    "v12": PAGE[PAGE.index("## Other VM commands") : PAGE.index("## Events")],
+    "v7": PAGE[PAGE.index("Its VM commands;") : PAGE.index("Its VM events")],
+}
+
+
+def rows_of(revision: str) -> list[tuple[str, int, str, str, str]]:
+    """Return (command, id, payload, data, errors) of each command in a revision's table."""
+    found = []
+    for line in TABLES[revision].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 5 or not cells[0].startswith("`"):
+            continue
+        names = re.findall(r"`(\w+)`", cells[0])
+        ids = [int(number) for number in re.findall(r"\b\d+\b", cells[1])]
+        for name, command_id in zip(names, ids, strict=True):
+            found.append((name, command_id, *cells[2:]))
+    return found
+
+
+def length_of(layout: str, **counts: int) -> int:
+    """Return how long a structure is that is written as on the page: u16 `id`, u32[3] 0, ..."""
+    total = 0
+    for kind, count in re.findall(r"\b([us]\d+|char)(?:\[`?(\w+)`?\])?", layout):
+        total += SIZES[kind] * (int(count) if count.isdigit() else counts.get(count, 1))
+    return total
+
+
+def test_layout_when_read_then_its_length_is_what_it_says() -> None:
+    assert length_of("u16 `event_id`, u8 `enable` (0, 1), u8 0, u32 0") == 8
+    assert length_of("u64 `gpa`, u16 `size`, u16 0, u32 0, u8[`size`]", size=3) == 19
+    assert length_of("u32 `vcpu_count`, u32[3] 0") == 16
+    assert length_of("none") == 0
+
+
+@pytest.mark.parametrize("abi", [V12, V11, V7], ids=lambda abi: abi.name)
+def test_tables_of_commands_when_compared_then_ids_and_lengths_are_the_emulator_s(
+    abi: KvmiAbi,
+) -> None:
+    rows = rows_of("v7" if abi is V7 else "v12")
+    emulated = {
+        name
+        for name in protocol._HANDLERS  # what replies with more than "not emulated"
+        if name in abi.commands_by_name
+    }
+    told = {NAMES.get(name, f"KVMI_VM_{name}") for name, *_ in rows}
+    if abi is not V7:  # a section of their own
+        told |= {*NAMES.values()}
+    assert told - {"KVMI_VM_GET_MAX_GFN"} == emulated - {"KVMI_VM_GET_MAX_GFN"}
+    for name, command_id, payload, data, _ in rows:
+        if name == "GET_MAX_GFN" and abi is V12:
+            assert "v11 only" in TABLES["v12"]
+            continue
+        full_name = NAMES.get(name, f"KVMI_VM_{name}")
+        assert abi.commands_by_name[full_name].id == command_id, name
+        size = 4
+        sent = bytearray(length_of(payload, size=size))
+        assert len(sent) == taken_by(abi, name, size), name
+        if name.endswith("PHYSICAL"):
+            sent[8] = size
+        reply = reply_to(abi, command_id, bytes(sent))
+        if name != "PAUSE_VCPU":
+            assert reply[8:12] == bytes(4), name
+            expected = 0 if data == "error only" else length_of(data)
+            assert len(reply) == 16 + (size if name == "READ_PHYSICAL" else expected), name
+        if name == "WRITE_PHYSICAL":
+            with pytest.raises(protocol.ChannelBroken):
+                reply_to(abi, command_id, bytes(sent[:-1]))
+
+
+def taken_by(abi: KvmiAbi, name: str, size: int) -> int:
+    """Return how long the structure is that the emulator takes for a command."""
+    physical = service_for(abi, VmState(), Guest()).physical.size
+    vcpu = protocol.VCPU_HEADER.size
+    lengths = {
+        **{"READ_PHYSICAL": physical, "WRITE_PHYSICAL": physical + size},
+        **{"CHECK_COMMAND": protocol.CHECK.size, "CHECK_EVENT": protocol.CHECK.size},
+        "CONTROL_EVENTS": protocol.CONTROL_EVENTS.size,
+        "CONTROL_CLEANUP": protocol._CONTROL_CLEANUP.size,
+        "PAUSE_VCPU": vcpu + 8 if abi is V7 else protocol._PAUSE.size,
+    }
+    return lengths.get(name, 0)
+
+
+@pytest.mark.parametrize("abi", [V12, V7], ids=lambda abi: abi.name)
+def test_errors_of_commands_when_provoked_then_they_are_in_the_table(abi: KvmiAbi) -> None:
+    names = {
+        protocol.KVM_EPERM: "EPERM",
+        protocol.KVM_ENOENT: "ENOENT",
+        protocol.KVM_EINVAL: "EINVAL",
+    }
+    for name, command_id, payload, _, errors in rows_of(abi.name):
+        if name == "GET_MAX_GFN" and abi is V12:
+            continue
+        length = length_of(payload, size=4)
+        for position in range(length):
+            for byte in (1, 4, 0x80, 0xFF):
+                sent = bytearray(length)
+                sent[position] = byte
+                for events in (0, (1 << 64) - 1):
+                    try:
+                        reply = reply_to(abi, command_id, bytes(sent), events=events)
+                    except protocol.ChannelBroken:
+                        assert "the channel ends" in errors, name
+                        continue
+                    error = -int.from_bytes(reply[8:12], "little", signed=True)
+                    assert error in (0, protocol.KVM_EOPNOTSUPP) or names[error] in errors, name
+
+
+def reply_to(
+    abi: KvmiAbi, command_id: int, payload: bytes, *, events: int = (1 << 64) - 1
+) -> bytes:
+    """Return the emulator's reply to a tool that may send everything."""
+    vm = VmState(hooked=True, connected=True, commands=(1 << 64) - 1, events=events)
+    service = service_for(abi, vm, AllMemory())
+    return service.reply(protocol.Message(command_id, 1, payload))
+
+
+class AllMemory(Guest):
+    """A guest with memory at every address."""
+
+    def read_physical(self, gpa: int, length: int) -> bytes | None:
+        return bytes(length) if gpa < 1 << 40 else None
+
+    def write_physical(self, gpa: int, data: bytes) -> bool:
+        return gpa < 1 << 40
+
+
 def test_hash_of_the_secret_is_as_the_page_says() -> None:
     assert cookie_hash(b"some").hex() in PAGE
