@@ -47,7 +47,7 @@ APPEAR_S: Final = 120.0
 """For QEMU to appear after libvirt's ``start``: files may have to change owners."""
 
 READY_S: Final = 30.0
-"""For QEMU to have its VM and its vCPUs, and for each GiB a second more, as libvirt gives it."""
+"""For QEMU to have its VM and its vCPUs; for each GiB of memory it gets a second more."""
 
 LONGEST_S: Final = 3600.0
 """For all of it."""
@@ -166,7 +166,7 @@ def _becomes_ready(
     process: Process, domain: Domain, mark: StartMark, changes: _Changes, *, allow_standin: bool
 ) -> bool:
     # Nothing tells that a VM or vCPU was made, or that a thread waits: that is looked for.
-    allowed_s = min(READY_S + domain.memory_bytes / _GIB, LONGEST_S)
+    allowed_s = min(READY_S + domain.memory_bytes // _GIB, LONGEST_S)
     deadline = time.monotonic() + allowed_s
     pace = _Pace()
     while True:
@@ -175,7 +175,7 @@ def _becomes_ready(
             return True
         if time.monotonic() > deadline:
             raise TargetUnsuitable(
-                f"not ready to be hooked within {allowed_s:.0f} s: {problem}", pid=process.pid
+                f"not ready to be hooked within {allowed_s:g} s: {problem}", pid=process.pid
             )
         changes.wait(pace.next_s(), process)
         process.require_alive()
@@ -202,7 +202,7 @@ def _appearing(domain: Domain, mark: StartMark, run_dir: Path, changes: _Changes
     while mark.is_there():
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            raise SessionError(f"no QEMU within {APPEAR_S:g} s of its start")
+            raise SessionError(f"domain '{domain.name}': no QEMU within {APPEAR_S:g} s")
         pid = _pid(domain.name, run_dir)
         process = None if pid is None else _of_start(pid, mark)
         if process is None:

@@ -198,7 +198,7 @@ def test_it_does_not_wait_for_ever(watch: Watch, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(early, "APPEAR_S", 0.05)
     watch.begin()
     watch.ends()
-    assert [str(error) for error in watch.failures] == ["no QEMU within 0.05 s of its start"]
+    assert [str(error) for error in watch.failures] == [f"domain '{NAME}': no QEMU within 0.05 s"]
     assert not watch.mark.exists()
 
 
