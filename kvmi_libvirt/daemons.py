@@ -190,9 +190,18 @@ def disable_service(unit: str) -> str | None:
 
     Only where systemd manages services. Waits for the service to end.
     """
+    return _systemctl("disable", "--now", unit)
+
+
+def forget_units() -> None:
+    """Have systemd read its units again, after one was removed. It may not be there to do so."""
+    _systemctl("daemon-reload")
+
+
+def _systemctl(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["systemctl", "disable", "--now", unit],
+            ["systemctl", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -39,7 +39,9 @@ Any module may import this one; it imports nothing of the package.
 from __future__ import annotations
 
 import enum
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+_Error = TypeVar("_Error", bound="KvmiLibvirtError")
 
 
 class ExitCode(enum.IntEnum):
@@ -59,6 +61,13 @@ class KvmiLibvirtError(Exception):
     """Base of everything below; its text is one line an operator can act on."""
 
     exit_code = ExitCode.FAILED
+    next_command: str | None = None
+    """What an operator types next, where neither the text says it nor the kind of error."""
+
+    def then(self: _Error, command: str) -> _Error:
+        """Return this error with the command an operator types next."""
+        self.next_command = command
+        return self
 
 
 class UsageError(KvmiLibvirtError):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CONFIG_DIR: Final = Path("/etc/kvmi-libvirt")
+LOG_DIR: Final = Path("/var/log/kvmi-libvirt")
 UNIT_DIR: Final = Path("/etc/systemd/system")
 AGENT_UNIT: Final = "kvmi-libvirt-agent.service"
 
@@ -87,13 +88,14 @@ def items(*, command: str, prefix: Path = Path("/usr/local")) -> list[Item]:
         _directory(CONFIG_DIR / "profiles.d", 0o755),
     ]
     for name in ("host-policy.xml", "agent.conf"):
-        content = data_file(f"packaging/config/{name}").read_bytes()
-        found.append(Item(path=CONFIG_DIR / name, kind=Kind.CONFIG, mode=0o644, content=content))
+        found.append(_config(CONFIG_DIR / name, data_file(f"packaging/config/{name}")))
     found += [
         _directory(Path("/run/kvmi"), 0o755, is_volatile=True),
         _directory(Path("/run/kvmi-libvirt"), 0o700, is_volatile=True),
-        _directory(Path("/var/log/kvmi-libvirt"), 0o755),
+        _directory(LOG_DIR, 0o755),
     ]
+    for source in data_files("packaging/logrotate"):
+        found.append(_config(Path("/etc/logrotate.d") / source.name, source))
     for source in data_files("packaging/tmpfiles.d", "*.conf"):
         found.append(_ours(source, "/etc/tmpfiles.d", "/usr/lib/tmpfiles.d"))
     for source in data_files("packaging/systemd", "*.*"):
@@ -119,6 +121,10 @@ def _documents(prefix: Path) -> Iterator[Item]:
 
 def _directory(path: Path, mode: int, *, is_volatile: bool = False) -> Item:
     return Item(path=path, kind=Kind.DIRECTORY, mode=mode, is_volatile=is_volatile)
+
+
+def _config(path: Path, source: Path) -> Item:
+    return Item(path=path, kind=Kind.CONFIG, mode=0o644, content=source.read_bytes())
 
 
 def _ours(
@@ -223,11 +229,10 @@ class Installer:
         return Change.REMOVED
 
     def purge(self) -> list[Path]:
-        """Remove the configuration directory with all that is in it, secrets too."""
-        directory = self._at(CONFIG_DIR)
-        if not directory.is_dir() or directory.is_symlink():
-            return []
-        if not self._dry_run:
+        """Remove the directories of configuration, secrets too, and of logs, with all in them."""
+        directories = map(self._at, (CONFIG_DIR, LOG_DIR))
+        there = [path for path in directories if path.is_dir() and not path.is_symlink()]
+        for directory in [] if self._dry_run else there:
             for path in directory.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -235,7 +240,7 @@ class Installer:
                     path.unlink()
             with contextlib.suppress(OSError):  # a mount point stays
                 directory.rmdir()
-        return [directory]
+        return there
 
     def _is_ours(self, path: Path, present: bytes, shipped: bytes | None = None) -> bool:
         return present == shipped or self._written.get(str(path)) == _digest(present)

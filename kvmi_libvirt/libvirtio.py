@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import threading
 import urllib.parse
 from dataclasses import dataclass
@@ -51,13 +52,20 @@ def _library() -> Any:  # libvirt has no type information
     return libvirt
 
 
+def _virsh(uri: str, command: str) -> str:
+    where = "" if uri == DEFAULT_URI else f"-c {shlex.quote(uri)} "
+    return f"virsh {where}{command}"
+
+
 @contextlib.contextmanager
 def _connection(uri: str) -> Iterator[Any]:
     libvirt = _library()
     try:
         connection = libvirt.open(uri)
     except libvirt.libvirtError as error:
-        raise LibvirtError(f"cannot connect to libvirt at {uri}: {error}") from error
+        failure = LibvirtError(f"cannot connect to libvirt at {uri}: {error}")
+        next_command = "kvmi-libvirt doctor" if is_local(uri) else _virsh(uri, "version")
+        raise failure.then(next_command) from error
     try:
         yield connection
     finally:
@@ -84,7 +92,7 @@ def _lookup(connection: Any, domain: str, uri: str) -> Any:
     for lookup in lookups:
         with contextlib.suppress(libvirt.libvirtError, OverflowError, ValueError):
             return lookup(domain)
-    raise TargetNotFound(f"no domain '{domain}' at {uri}")
+    raise TargetNotFound(f"no domain '{domain}' at {uri}").then(_virsh(uri, "list --all"))
 
 
 def running_domain(domain: str, *, uri: str = DEFAULT_URI) -> RunningDomain:
@@ -96,7 +104,8 @@ def running_domain(domain: str, *, uri: str = DEFAULT_URI) -> RunningDomain:
     """
     found = domain_xml(domain, uri=uri)
     if not found.is_active:
-        raise TargetNotFound(f"domain '{found.name}' does not run")
+        error = TargetNotFound(f"domain '{found.name}' does not run")
+        raise error.then(_virsh(uri, f"start {shlex.quote(found.name)}"))
     return RunningDomain(name=found.name, uuid=found.uuid, xml=found.xml)
 
 
@@ -291,7 +300,8 @@ def new_domain(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[NewDomain]:
             text = f"domain '{name}' is there already, paused; 'virsh resume' lets it run"
             raise TargetNotFound(text)
         if state != libvirt.VIR_DOMAIN_SHUTOFF:
-            raise TargetNotFound(f"domain '{name}' runs already")
+            error = TargetNotFound(f"domain '{name}' runs already")
+            raise error.then(f"kvmi-libvirt hook {shlex.quote(name)}")
         yield NewDomain(found, name)
 
 

@@ -40,8 +40,12 @@ KINDS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """What a value is, by the word that stands for it in the help."""
 
+_OF_RUNNING_DOMAINS: Final = ("hook", "unhook", "apply", "allow", "deny")
+
 KINDS_OF: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
     {
+        **{(verb, "domain"): "running-domain" for verb in _OF_RUNNING_DOMAINS},
+        ("start", "domain"): "stopped-domain",
         ("names", "names"): "name",
         ("allow", "names"): "right",
         ("deny", "names"): "right",
@@ -81,6 +85,7 @@ def _filled(template: str, **parts: str) -> str:
         "URIS": _words(URIS),
         "FAULTS": _words(FAULTS),
         "RIGHTS": _words(RIGHTS),
+        "ZSH_URIS": _ZSH_ACTIONS["uri"],
     }
     for name, value in {**common, **parts}.items():
         text = text.replace(f"@{name}@", value)
@@ -137,6 +142,8 @@ def _bash_case(verb: Verb) -> str:
 _ZSH_ACTIONS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "domain": "_kvmi_libvirt_domains",
+        "running-domain": "_kvmi_libvirt_running",
+        "stopped-domain": "_kvmi_libvirt_stopped",
         "file": "_files",
         "file-or-domain": "_kvmi_libvirt_files_or_domains",
         "directory": "_directories",
@@ -202,9 +209,11 @@ def _zsh_quoted(text: str) -> str:
 
 _FISH_VALUES: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "domain": "(__kvmi_libvirt_domains)",
+        "domain": "(__kvmi_libvirt_domains --all)",
+        "running-domain": "(__kvmi_libvirt_domains)",
+        "stopped-domain": "(__kvmi_libvirt_domains --inactive)",
         "file": "",
-        "file-or-domain": "(__kvmi_libvirt_domains)",
+        "file-or-domain": "(__kvmi_libvirt_domains --all)",
         "directory": "(__fish_complete_directories)",
         "uri": _words(URIS),
         "command": "(complete -C (commandline -ct))",

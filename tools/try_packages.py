@@ -64,6 +64,7 @@ def try_deb(debian: Container) -> None:
     require((debian.root / HOOK).exists(), "the hook is installed")
     require(NO_DAEMON in output, "the administrator is told what libvirt knows of it", output)
     require_private_secrets(debian)
+    require_from_debian_only(debian)
     say("using it")
     sys.stdout.write(debian.run("/srv/installed").stdout)
 
@@ -101,6 +102,19 @@ def try_deb(debian: Container) -> None:
     apt(debian, "purge", "--autoremove", "kvmi-libvirt")
     left = sorted(files(debian) - before)
     require(not left, "a purge leaves nothing", "\n".join(left))
+
+
+def require_from_debian_only(debian: Container) -> None:
+    """What it needs came as packages, and what it has lies where packages belong."""
+    depends = debian.run("dpkg-query", "-W", "-f", "${Depends}", "kvmi-libvirt").stdout
+    for package in ("python3-lxml", "python3-libvirt"):
+        require(package in depends, f"it depends on {package}", depends)
+    program = (debian.root / "usr/bin/kvmi-libvirt").read_text().splitlines()[0]
+    require(program == "#!/usr/bin/python3", "the distribution's Python runs it", program)
+    listed = debian.run("dpkg", "-L", "kvmi-libvirt").stdout.split()
+    places = ("/usr/local", "/opt", "/home", "/root", "/srv")
+    strange = [name for name in listed if name.startswith(places)]
+    require(not strange, "nothing lies outside of /usr, /etc and /var", "\n".join(strange))
 
 
 def try_rpm(debian: Container) -> None:

@@ -16,7 +16,7 @@ import sys
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol, cast
 
-from kvmi_libvirt import __version__
+from kvmi_libvirt import __version__, advice
 from kvmi_libvirt.errors import ExitCode, KvmiLibvirtError
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _run(name: str, arguments: list[str], *, debug: bool) -> int:
     except KvmiLibvirtError as error:
         if debug:
             logging.getLogger(__name__).exception("%s failed", name)
-        print(f"{PROG}: {error}", file=sys.stderr)
+        _complain(str(error), error, name, args)
         return int(error.exit_code)
     except BrokenPipeError:
         # The reader went away (a pager, head). Keep the interpreter from
@@ -177,8 +177,13 @@ def _run(name: str, arguments: list[str], *, debug: bool) -> int:
         if debug:
             logging.getLogger(__name__).exception("%s failed", name)
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{PROG}: {where}{error.strerror or error}", file=sys.stderr)
+        _complain(f"{where}{error.strerror or error}", error, name, args)
         return ExitCode.FAILED
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _complain("interrupted", error, name, args)
         return 130
+
+
+def _complain(text: str, error: BaseException, name: str, args: argparse.Namespace) -> None:
+    more = advice.ending(error, name, args, is_root=os.geteuid() == 0)
+    print(f"{PROG}: {text}{more}", file=sys.stderr)

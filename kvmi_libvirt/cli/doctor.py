@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
-from kvmi_libvirt.cli.output import print_json
+from kvmi_libvirt.cli import progress
+from kvmi_libvirt.cli.output import in_colour, print_json
 from kvmi_libvirt.doctor.examine import Question, examine
 from kvmi_libvirt.doctor.report import as_json, as_text, exit_code
 from kvmi_libvirt.errors import UsageError
@@ -59,14 +59,15 @@ def run(args: argparse.Namespace) -> ExitCode:
         is_emulated=args.emulated,
         timeout_s=args.timeout,
     )
-    lines, vm = examine(question)
+    with progress.shown("looking at this host and its VMs"):
+        lines, vm = examine(question)
     if args.json:
         log = None if vm is None else {"place": vm.log_place or None, "lines": list(vm.log)}
         print_json({"checks": [as_json(line) for line in lines], "log": log})
         return exit_code(lines)
-    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    is_coloured = in_colour(sys.stdout)
     for line in lines:
-        print(as_text(line, in_colour=in_colour))
+        print(as_text(line, in_colour=is_coloured))
     if vm is not None and vm.log:
         print(f"\nlast lines about it in {vm.log_place}:")
         for text in vm.log:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvmi_libvirt import libvirtio
 from kvmi_libvirt.abi.revisions import REVISIONS, by_name, pinned
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.errors import ExitCode, StateError, UnsupportedByKernel
 from kvmi_libvirt.kernel import NO_KVMI, running_abi
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> ExitCode:
     if args.subject == "-" or "/" in args.subject or os.path.exists(args.subject):
         subject = _of_document(read_file(args.subject), host, source=printable(args.subject))
     else:
-        found = libvirtio.domain_xml(args.subject, uri=args.connect)
+        with progress.shown(f"asking libvirt at {args.connect}"):
+            found = libvirtio.domain_xml(args.subject, uri=args.connect)
         subject = _of_document(found.xml, host, source=f"XML of domain '{found.name}'")
         if found.is_active and libvirtio.is_local(args.connect):
             recorded = _recorded_abi(found.uuid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json
 from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
@@ -49,13 +50,14 @@ def run(args: argparse.Namespace) -> ExitCode:
             policy = policy and permit(policy, host, source=source)
         if policy is None:
             raise PolicyRefused(_NO_POLICY, source=printable(args.policy or target.source))
-        state = hook_vm(
-            target.process,
-            domain,
-            policy,
-            state=state_dir(),
-            allow_standin=not target.is_libvirt,
-        )
+        with progress.shown(f"hooking {target.name} for the tool at {policy.source.describe()}"):
+            state = hook_vm(
+                target.process,
+                domain,
+                policy,
+                state=state_dir(),
+                allow_standin=not target.is_libvirt,
+            )
     if args.json:
         print_json(public_fields(state))
     else:

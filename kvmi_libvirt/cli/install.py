@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import bounded, daemons, libvirtio
-from kvmi_libvirt.cli import hookscript
+from kvmi_libvirt.cli import hookscript, progress
 from kvmi_libvirt.cli.hookscript import add_proxmox_argument
 from kvmi_libvirt.errors import ExitCode, KvmiLibvirtError, UsageError
-from kvmi_libvirt.installation import AGENT_UNIT, Change, Installer, Kind, items
+from kvmi_libvirt.installation import AGENT_UNIT, Change, Installer, items
 from kvmi_libvirt.installer import HOOK_DIR, HOOK_NAME, hook_is_current, install_hook
 
 if TYPE_CHECKING:
@@ -64,18 +64,16 @@ def run(args: argparse.Namespace) -> ExitCode:
 
     tell(_install_hook(hook_dir, dry_run=args.dry_run), hook_dir / HOOK_NAME, args)
     installer = Installer(args.root, dry_run=args.dry_run)
-    made = set()
+    changes = {}
     for item in items(command=own_command(), prefix=args.prefix):
         change = installer.make(item)
         if change is not None:
             tell(change, below(args.root, item.path), args)
-        if change is Change.MADE and item.kind is Kind.OURS:
-            made.add(item.path.name)
-    if AGENT_UNIT in made and not args.dry_run:
-        print(f"to start the agent: systemctl daemon-reload; systemctl enable --now {AGENT_UNIT}")
+            changes[item.path.name] = change
     if not is_here:
         return ExitCode.OK
     if not args.dry_run:
+        _tell_of_agent(changes.get(AGENT_UNIT))
         # The hook's file has another time now: what was known by it must be noted.
         daemons.remember(knowing)
     return _tell_daemons(running, knowing, args)
@@ -121,6 +119,17 @@ def own_command() -> str:
     return shutil.which("kvmi-libvirt") or str(beside)
 
 
+def _tell_of_agent(change: Change | None) -> None:
+    # Nothing is started for an administrator who did not ask for it, nor restarted.
+    if change is Change.MADE:
+        print(f"to start the agent: systemctl daemon-reload; systemctl enable --now {AGENT_UNIT}")
+    elif change is Change.UPDATED:
+        print(
+            "if the agent runs, to have it as this version's: systemctl daemon-reload; "
+            f"systemctl try-restart {AGENT_UNIT}"
+        )
+
+
 def _tell_daemons(
     running: list[Daemon], knowing: list[Daemon], args: argparse.Namespace
 ) -> ExitCode:
@@ -158,7 +167,8 @@ def _is_wanted(unaware: list[Daemon]) -> bool:
 def _reload(unaware: list[Daemon]) -> ExitCode:
     # A daemon that has not finished starting ignores a reload: it is waited for.
     try:
-        bounded.call(libvirtio.version, timeout_s=_READY_S)
+        with progress.shown("waiting for libvirt to be ready for a reload"):
+            bounded.call(libvirtio.version, timeout_s=_READY_S)
         is_ready = True
     except (bounded.Unanswered, KvmiLibvirtError, OSError):
         is_ready = False

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json
 from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import state_dir
@@ -41,7 +42,8 @@ def apply_policy(target: Target) -> VmState:
         text = "no introspection element, and no assignment of the host fits; to end its "
         text += "introspection, 'kvmi-libvirt unhook' it"
         raise PolicyRefused(text, source=target.source)
-    return change_vm(target.process, target.uuid, policy, state=state_dir())
+    with progress.shown(f"moving {target.name} to its policy"):
+        return change_vm(target.process, target.uuid, policy, state=state_dir())
 
 
 def follow(domain: str, uuid: str, *, uri: str) -> VmState | None:
@@ -63,5 +65,7 @@ def follow(domain: str, uuid: str, *, uri: str) -> VmState | None:
         source = f"XML of domain '{running.name}'"
         policy = decide(running.xml, load_host_policy(), source=source)[1]
         if policy is None:
-            return take_leave(process, recorded, state=state)
-        return change_vm(process, uuid, policy, state=state)
+            with progress.shown(f"waiting for {recorded.source} to let {running.name} go"):
+                return take_leave(process, recorded, state=state)
+        with progress.shown(f"moving {running.name} to its policy"):
+            return change_vm(process, uuid, policy, state=state)

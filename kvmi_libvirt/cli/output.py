@@ -4,11 +4,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+def in_colour(stream: TextIO) -> bool:
+    """Say whether *stream* is a terminal with colours, of somebody who wants them.
+
+    As no-color.org has it: NO_COLOR counts when it is set and not empty.
+    """
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return stream.isatty() and not is_plain
 
 
 def print_json(value: object) -> None:

@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.live import print_state
 from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
 from kvmi_libvirt.errors import ExitCode, PolicyRefused, PolicyValueError, UsageError
@@ -62,7 +63,7 @@ def change(args: argparse.Namespace, *, allow: bool) -> ExitCode:
     def wanted(recorded: VmState) -> Policy:
         return changed(recorded, named, allow=allow)
 
-    with open_target(args) as target:
+    with open_target(args) as target, progress.shown(f"changing the rights on {target.name}"):
         state = change_vm(target.process, target.uuid, wanted, state=state_dir())
     print_state(state, as_json=args.json)
     return ExitCode.OK
@@ -85,9 +86,8 @@ def read_names(names: list[str]) -> Named:
             events |= group.events
             grouped |= group.commands | group.events
         elif command is not None and command in COMMANDS.always_allowed:
-            raise PolicyValueError(
-                f"{command} is always allowed; it can be neither granted nor denied"
-            )
+            text = f"{command} is always allowed; it can be neither granted nor denied"
+            raise PolicyValueError(text).then("kvmi-libvirt names")
         elif command is not None:
             commands.add(command)
         elif event is not None:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.live import follow
 from kvmi_libvirt.cli.metadata import PREFIX, add_metadata_arguments
 from kvmi_libvirt.cli.status import summary
@@ -38,21 +39,23 @@ def run(args: argparse.Namespace) -> ExitCode:
     data = read_file(args.file)
     policy = parse_document(data, source=source)
     if policy is None:
-        raise PolicySchemaError("no introspection element in it", source=source)
+        error = PolicySchemaError("no introspection element in it", source=source)
+        raise error.then("man kvmi-libvirt-policy")
     if libvirtio.is_local(args.connect):
         permit(policy, load_host_policy(), source=source)
     root = parse(data, source=source)
     domain = domain_of(root)
     element = root if domain is None else elements_of(domain)[0]
-    before = libvirtio.set_metadata(
-        args.domain,
-        written_plain(element),
-        namespace=NAMESPACE,
-        prefix=PREFIX,
-        uri=args.connect,
-        live=args.live,
-        config=args.config,
-    )
+    with progress.shown(f"asking libvirt at {args.connect}"):
+        before = libvirtio.set_metadata(
+            args.domain,
+            written_plain(element),
+            namespace=NAMESPACE,
+            prefix=PREFIX,
+            uri=args.connect,
+            live=args.live,
+            config=args.config,
+        )
     follow_up(before, args)
     return ExitCode.OK
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import libvirtio
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.interrupts import Interrupts
 from kvmi_libvirt.cli.output import print_json
 from kvmi_libvirt.cli.status import summary
@@ -58,10 +60,11 @@ def run(args: argparse.Namespace) -> int:
     with libvirtio.new_domain(args.domain, uri=args.connect) as domain:
         _require_policy(domain)
         with Interrupts() as interrupts:
-            domain.start()
+            with progress.shown(f"starting {domain.name}"):
+                domain.start()
             # From here on it is paused, and something has to become of it.
             try:
-                with interrupts.heard():
+                with progress.shown(f"hooking {domain.name}"), interrupts.heard():
                     state = _hooked(domain)
             except KeyboardInterrupt:
                 print(f"kvmi-libvirt: interrupted; {_undone(domain)}", file=sys.stderr)
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if state is None:
         print(
             f"kvmi-libvirt: {domain.name} has no introspection: no element in its XML, and no "
-            "assignment of the host fits",
+            f"assignment of the host fits; next: kvmi-libvirt set {shlex.quote(domain.name)} FILE",
             file=sys.stderr,
         )
     elif args.json:
@@ -120,7 +123,11 @@ def _judge(domain: NewDomain, error: Exception) -> ExitCode:
     if is_demanded:
         raise SessionError(f"{error}; {_undone(domain)}", exit_code=code) from error
     _resume(domain)
-    print(f"kvmi-libvirt: {domain.name} runs without introspection: {error}", file=sys.stderr)
+    print(
+        f"kvmi-libvirt: {domain.name} runs without introspection: {error}; "
+        f"next: kvmi-libvirt doctor {shlex.quote(domain.name)}",
+        file=sys.stderr,
+    )
     return code
 
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
 from kvmi_libvirt import agentclient
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.cli.target import state_dir
 from kvmi_libvirt.errors import ExitCode, StateError, TargetNotFound
@@ -30,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> ExitCode:
     """Print what is recorded, checked against what can be seen now."""
     problems: list[StateError] = []
-    states = seen_states(problems.append)
+    with progress.shown("looking at the VMs"):
+        states = seen_states(problems.append)
     for problem in problems:
         print(f"kvmi-libvirt: {problem}", file=sys.stderr)
     _show(args, states)
@@ -77,7 +80,7 @@ def _show(args: argparse.Namespace, states: list[VmState]) -> None:
             raise TargetNotFound(
                 f"nothing is known of a running domain '{args.domain}': "
                 "it does not run, or never had introspection"
-            )
+            ).then(f"kvmi-libvirt doctor {shlex.quote(args.domain)}")
     if args.json:
         print_json([public_fields(state) for state in states])
         return

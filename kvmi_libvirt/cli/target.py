@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.errors import PolicyValueError, StateError, TargetNotFound, UsageError
 from kvmi_libvirt.introspect import is_same_process
 from kvmi_libvirt.newtypes import Pid
@@ -91,7 +92,8 @@ def open_target(args: argparse.Namespace) -> Iterator[Target]:
             raise UsageError("name a DOMAIN, or --pid PID with --xml FILE")
         if libvirtio.is_remote(args.connect):
             raise UsageError(f"--connect {printable(args.connect)} is another host: run this there")
-        running = libvirtio.running_domain(args.domain, uri=args.connect)
+        with progress.shown(f"asking libvirt at {args.connect}"):
+            running = libvirtio.running_domain(args.domain, uri=args.connect)
         with open_domain(running.name, running.uuid) as process:
             yield Target(
                 process=process,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json
 from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
@@ -40,9 +41,14 @@ def run(args: argparse.Namespace) -> ExitCode:
             if unhook_unrecorded(target.process, target.uuid, state=state):
                 print(f"{target.name}: unhooked what an interrupted session had left")
                 return ExitCode.OK
-            raise TargetNotFound(f"domain '{target.name}' is not hooked by kvmi-libvirt")
-        leave = unhook_vm if args.now or recorded.state != HOOKED else take_leave
-        record = leave(target.process, recorded, state=state)
+            error = TargetNotFound(f"domain '{target.name}' is not hooked by kvmi-libvirt")
+            raise error.then("kvmi-libvirt status")
+        if args.now or recorded.state != HOOKED:
+            leave, doing = unhook_vm, f"unhooking {target.name}"
+        else:
+            leave, doing = take_leave, f"waiting for {recorded.source} to let {target.name} go"
+        with progress.shown(doing):
+            record = leave(target.process, recorded, state=state)
     if args.json:
         print_json(public_fields(record))
     else:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvmi_libvirt.doctor.report import Line
 
 START_AGENT: Final = "systemctl enable --now kvmi-libvirt-agent (or run 'kvmi-libvirt agent')"
+FORGET_RECORD: Final = "remove that file; what the VM has then stays until it is shut down"
 
 _OTHERS_WRITE: Final = 0o002
 _SHOWN: Final = 3
@@ -51,10 +52,12 @@ def check_config(config: ConfigFacts) -> Iterator[Line]:
         yield policy.passed(f"{_count(config.assignments, 'assignment')}")
     if config.profile_problems:
         profiles = Check("profiles", "the host's own profiles")
-        yield profiles.fail(*_first(config.profile_problems), code=ExitCode.POLICY)
+        todo = "correct it; 'kvmi-libvirt check FILE' says whether it is right"
+        yield profiles.fail(_first(config.profile_problems), todo, code=ExitCode.POLICY)
     secrets = Check("secrets", "the secrets' owners and modes")
     if config.secret_problems:
-        yield secrets.fail(*_first(config.secret_problems), code=ExitCode.POLICY)
+        todo = "a secret is a file of root's, mode 0600, with 1 to 4096 bytes"
+        yield secrets.fail(_first(config.secret_problems), todo, code=ExitCode.POLICY)
     else:
         yield secrets.passed(_count(config.secrets, "secret"))
 
@@ -66,9 +69,9 @@ def check_config(config: ConfigFacts) -> Iterator[Line]:
         )
 
 
-def _first(problems: tuple[str, ...]) -> tuple[str, str | None]:
+def _first(problems: tuple[str, ...]) -> str:
     more = len(problems) - 1
-    return problems[0], f"and {more} more like it" if more else None
+    return f"{problems[0]} (and {more} more like it)" if more else problems[0]
 
 
 def _count(number: int, noun: str) -> str:
@@ -89,7 +92,7 @@ def check_state(state: StateFacts) -> Iterator[Line]:
     elif state.problem is not None:
         yield found.warn(state.problem, "run as root")
     elif state.damaged:
-        yield found.fail(*_first(state.damaged), code=ExitCode.FAILED)
+        yield found.fail(_first(state.damaged), FORGET_RECORD, code=ExitCode.FAILED)
     elif state.interrupted:
         names = ", ".join(state.interrupted[:_SHOWN])
         yield found.warn(

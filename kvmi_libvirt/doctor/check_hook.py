@@ -56,14 +56,16 @@ def _script(hook: HookFacts) -> Generator[Line, None, bool]:
             f"chmod 0755 {hook.path}",
         )
         return False
+    yield executable.passed()
+    starts = Check("hook-starts", "that the hook's own interpreter starts (-IS)")
     if hook.shebang_problem is not None:
-        yield executable.fail(
+        yield starts.fail(
             f"the hook cannot be started ({hook.shebang_problem}): libvirt then refuses every "
             "start, and ends running VMs when it restarts",
-            "install Debian's or Fedora's own python3, or remove the hook",
+            "install Debian's or Fedora's own python3, or remove the hook: kvmi-libvirt uninstall",
         )
         return False
-    yield executable.passed()
+    yield starts.passed()
     current = Check("hook-version", "that the hook is of this version")
     if hook.is_current:
         yield current.passed()
@@ -150,7 +152,8 @@ def check_libvirt(libvirt: LibvirtFacts, *, is_needed: bool) -> Iterator[Line]:
         daemon = next((f"{one.name} (process {one.pid})" for one in libvirt.daemons), "it")
         yield found.fail(f"{libvirt.problem}, though {daemon} runs", what_holds_it_up(libvirt))
     elif libvirt.daemons:
-        yield found.fail(f"{libvirt.problem}")
+        names = " ".join(daemon.name for daemon in libvirt.daemons)
+        yield found.fail(f"{libvirt.problem}", f"see its log: journalctl -u {names}")
     elif is_needed:
         yield found.fail(f"{libvirt.problem}", "start it: systemctl start libvirtd, or virtqemud")
     else:

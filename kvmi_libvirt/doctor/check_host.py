@@ -21,6 +21,19 @@ EMULATE: Final = (
 )
 
 
+def what_to_do(outcome: Outcome | None) -> str:
+    """Return what to do about a kernel whose probe had this *outcome*."""
+    match outcome:
+        case Outcome.ABSENT:
+            return EMULATE
+        case Outcome.OFF:
+            return "the parameter's value is in /sys/module/kvm/parameters/introspection"
+        case None:
+            return "see /dev/kvm; run as root"
+        case _:
+            return "'kvmi-libvirt names --help' lists the revisions that are known"
+
+
 # -- what may forbid it --------------------------------------------------------------------
 
 
@@ -30,14 +43,26 @@ def check_security(security: SecurityFacts, libvirt: LibvirtFacts) -> Iterator[L
         yield Check("root", "that this is run by root").warn(
             "much cannot be seen by others", "sudo kvmi-libvirt doctor"
         )
+    elif security.has_ptrace is not None:
+        yield _capability(security.has_ptrace)
     yield _yama(security)
     yield from _apparmor(security, libvirt)
-    yield from _selinux(security)
+    yield from _selinux(security, libvirt)
     if security.refusals:
         yield Check("refusals", "for refusals by AppArmor or SELinux").warn(
             f"the log has: {shortened(security.refusals[-1], 200)}",
             "if that is not old, our rules for it are missing",
         )
+
+
+def _capability(has_ptrace: bool) -> Line:
+    found = Check("own-capabilities", "that root may trace QEMU here (CAP_SYS_PTRACE)")
+    if has_ptrace:
+        return found.passed()
+    return found.fail(
+        "this shell runs without CAP_SYS_PTRACE, in a container perhaps",
+        "run this on the host itself, or give the container that capability",
+    )
 
 
 def _yama(security: SecurityFacts) -> Line:
@@ -61,41 +86,79 @@ def _apparmor(security: SecurityFacts, libvirt: LibvirtFacts) -> Iterator[Line]:
     confined = sorted(label for label in labels if label.endswith("(enforce)"))
     if not confined:
         yield found.passed("libvirt is not confined")
-    elif security.apparmor_rules:
-        yield found.passed(
-            f"{', '.join(security.apparmor_rules)}; whether they are loaded cannot be seen, "
-            "'systemctl reload apparmor' loads them, for VMs that start then"
-        )
-    else:
+    elif not security.apparmor_rules:
         yield found.warn(
             f"libvirt is confined ({confined[0]}), and no rule of ours is in /etc/apparmor.d: a "
             "tool's socket may be refused to QEMU's threads",
-            "see /usr/share/doc/kvmi-libvirt/apparmor.md, or packaging/apparmor in the source",
+            f"{security.apparmor_readme} says what to put where",
         )
+    elif security.apparmor_unloaded:
+        profile, path = security.apparmor_unloaded[0]
+        yield found.warn(
+            f"{path} was changed after the profile {profile} was loaded: what is new in it is not "
+            "in force",
+            "systemctl reload apparmor",
+        )
+    else:
+        yield found.passed(f"{', '.join(security.apparmor_rules)}; a VM has them from its start")
 
 
-def _selinux(security: SecurityFacts) -> Iterator[Line]:
+def _selinux(security: SecurityFacts, libvirt: LibvirtFacts) -> Iterator[Line]:
     found = Check("selinux", "for our SELinux module")
     if security.selinux is None:
         yield found.passed("SELinux is off")
         return
-    if security.deny_ptrace:
-        yield Check("selinux-ptrace", "that SELinux lets root trace processes").fail(
-            "the boolean deny_ptrace is on: no process may be traced",
-            "setsebool -P deny_ptrace off",
+    install = f"{security.selinux_readme} says how, or install the package kvmi-libvirt-selinux"
+    is_there = (
+        security.selinux_module if security.selinux_loaded is None else security.selinux_loaded
+    )
+    yield from _booleans(security, libvirt, has_module=is_there is True)
+    if is_there:
+        loaded = "loaded" if security.selinux_loaded else "installed"
+        yield found.passed(f"{security.selinux}, module {loaded}")
+    elif security.selinux_module:
+        yield found.warn(
+            f"{security.selinux}; our module is installed, but not in the policy that is in force",
+            "semodule -B",
         )
-    if security.selinux_module:
-        yield found.passed(f"{security.selinux}, module installed")
-    elif security.selinux_module is None:
+    elif is_there is None:
         yield found.warn(f"{security.selinux}; the installed modules cannot be read", "run as root")
     elif security.selinux == "permissive":
-        yield found.warn("permissive, and our module is not installed: enforcing, it may refuse")
+        yield found.warn(
+            "permissive, and our module is not installed: enforcing, it may refuse", install
+        )
     else:
         yield found.warn(
             "enforcing, and our module is not installed: libvirt may not execute the hook, or "
             "the hook may not trace QEMU",
-            "see packaging/selinux; 'ausearch -m avc -ts recent' says what was refused",
+            f"{install}; 'ausearch -m avc -ts recent' says what was refused",
         )
+
+
+def _booleans(
+    security: SecurityFacts, libvirt: LibvirtFacts, *, has_module: bool
+) -> Iterator[Line]:
+    if security.deny_ptrace:
+        tracing = Check("selinux-ptrace", "that SELinux lets root trace processes")
+        if has_module:
+            yield tracing.passed("deny_ptrace is on; our module excepts the QEMUs of VMs")
+        else:
+            yield tracing.fail(
+                "the boolean deny_ptrace is on: no process may be traced",
+                f"install our module ({security.selinux_readme}), or: setsebool -P deny_ptrace off",
+            )
+    # Only the modular daemon runs hooks in a domain of their own.
+    is_modular = any(":virtqemud_t:" in daemon.label for daemon in libvirt.daemons)
+    if is_modular and security.hooks_unconfined is not None:
+        hooks = Check("selinux-hooks", "that SELinux lets libvirt run hooks")
+        if security.hooks_unconfined:
+            yield hooks.passed("virt_hooks_unconfined is on")
+        else:
+            yield hooks.warn(
+                f"the boolean virt_hooks_unconfined is off: {security.selinux}, virtqemud may not "
+                "be allowed to run the hook, and then starts no VM",
+                "setsebool -P virt_hooks_unconfined on",
+            )
 
 
 # -- the kernel ----------------------------------------------------------------------------
@@ -123,22 +186,23 @@ def check_kernel(kernel: KernelFacts, kvm: KvmFacts, *, excuse: str | None) -> I
     elif excuse is not None:
         yield found.warn(kernel.problem or kernel.why, excuse)
     elif kernel.outcome is None:
-        yield found.fail(
-            f"{kernel.problem}, so the kernel cannot be asked", "see /dev/kvm; run as root"
-        )
-    elif kernel.outcome is Outcome.ABSENT:
-        yield found.fail(kernel.why, EMULATE)
+        told = f"{kernel.problem}, so the kernel cannot be asked"
+        yield found.fail(told, what_to_do(None))
     else:
-        yield found.fail(kernel.why)
-    if kernel.parameter is not None:
-        yield _parameter(kernel.parameter, excuse)
+        yield found.fail(kernel.why, what_to_do(kernel.outcome))
+    yield _parameter(kernel, excuse)
 
 
-def _parameter(parameter: str, excuse: str | None) -> Line:
+def _parameter(kernel: KernelFacts, excuse: str | None) -> Line:
     found = Check("kvmi-parameter", "kvm.introspection")
-    if parameter in ("Y", "1"):
-        return found.passed(parameter)
-    told = f"it is {parameter}: KVM introspection is switched off"
+    if kernel.parameter is None:
+        if kernel.outcome is Outcome.FOUND:
+            return found.passed("this kernel has no such switch")
+        told = "the kvm module has no such parameter, or is not loaded"
+        return found.warn(told, excuse or "see 'KVMI in the kernel'")
+    if kernel.parameter in ("Y", "1"):
+        return found.passed(kernel.parameter)
+    told = f"it is {kernel.parameter}: KVM introspection is switched off"
     if excuse is not None:
         return found.warn(told, excuse)
     return found.fail(told, "boot with kvm.introspection=1, or load kvm with introspection=1")

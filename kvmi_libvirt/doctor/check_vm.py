@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmi_libvirt.abi.probing import Outcome
-from kvmi_libvirt.doctor.check_files import START_AGENT, socket_problem
-from kvmi_libvirt.doctor.check_host import EMULATE
+from kvmi_libvirt.doctor.check_files import FORGET_RECORD, START_AGENT, socket_problem
+from kvmi_libvirt.doctor.check_host import what_to_do
 from kvmi_libvirt.doctor.report import Check, Line, Verdict
 from kvmi_libvirt.errors import ExitCode
 from kvmi_libvirt.policy.model import Mode
@@ -56,7 +56,8 @@ def _domain(vm: VmFacts) -> Line:
     by = "" if vm.told_by is None else f", says {vm.told_by}"
     if vm.is_active:
         return found.passed(f"it runs{by}")
-    return found.warn(f"it does not run{by}: what follows is about its next start")
+    told = f"it does not run{by}: what follows is about its next start"
+    return found.warn(told, f"to start it: virsh start {vm.name}")
 
 
 # -- what is wanted ------------------------------------------------------------------------
@@ -82,7 +83,9 @@ def _policy(vm: VmFacts) -> Iterator[Line]:
             f"{policy.mode.value}, {policy.source.describe()}, by {vm.policy_source}"
         )
     for warning in vm.warnings:
-        yield _check(vm, "policy-warning", "the policy's wording").warn(warning)
+        yield _check(vm, "policy-warning", "the policy's wording").warn(
+            warning, f"where that is: virsh dumpxml {vm.name} | kvmi-libvirt check -"
+        )
     if vm.config_differs:
         yield _check(vm, "policy-config", "that its configuration is what runs").warn(
             "its next start has another policy than this run",
@@ -93,7 +96,8 @@ def _policy(vm: VmFacts) -> Iterator[Line]:
         if vm.secret_problem is None:
             yield secret.passed()
         else:
-            yield secret.fail(vm.secret_problem, code=ExitCode.POLICY)
+            todo = "it is to be root's, mode 0600, with the bytes that the tool has too"
+            yield secret.fail(vm.secret_problem, todo, code=ExitCode.POLICY)
 
 
 def _agent(vm: VmFacts, policy: Policy, agent: AgentFacts) -> Iterator[Line]:
@@ -139,11 +143,17 @@ def _process(vm: VmFacts) -> Iterator[Line]:
         return
     able = _check(vm, "process-fit", "that its QEMU can be hooked")
     if process.problem is not None:
-        yield able.fail(process.problem)
+        yield able.fail(process.problem, f"when that is over: kvmi-libvirt hook {vm.name}")
     elif process.vcpus is not None and process.vcpus < vm.vcpus:
         yield able.warn(f"only {process.vcpus} of its {vm.vcpus} vCPUs exist yet", "try again")
     else:
         yield able.passed(f"one VM, {process.vcpus} vCPUs")
+    if vm.newer_rules is not None:
+        yield _check(vm, "apparmor", "for our AppArmor rules in its profile").warn(
+            f"its profile was loaded before {vm.newer_rules} was changed: what is new there is not "
+            "in force for it",
+            "it is from its next start on",
+        )
 
 
 def _kernel(vm: VmFacts, kernel: KernelFacts) -> Iterator[Line]:
@@ -160,12 +170,10 @@ def _kernel(vm: VmFacts, kernel: KernelFacts) -> Iterator[Line]:
         yield found.passed(f"an emulated one{revision}")
     elif kernel.outcome is Outcome.FOUND:
         yield found.passed(kernel.why)
-    elif kernel.outcome is Outcome.ABSENT:
-        yield found.fail(kernel.why, EMULATE)
     elif kernel.outcome is None:
         yield found.warn(f"{kernel.problem}, so the kernel cannot be asked", "run as root")
     else:
-        yield found.fail(kernel.why)
+        yield found.fail(kernel.why, what_to_do(kernel.outcome))
     if vm.unsupported is not None:
         yield _check(vm, "kvmi-rights", "that the kernel knows all it demands").fail(
             vm.unsupported, 'take it out of the policy, or write optional="yes"'
@@ -192,7 +200,10 @@ def _tool(vm: VmFacts, policy: Policy, qemu_uid: int | None) -> Iterator[Line]:
     elif is_hooked:
         yield found.passed("it is connected, though it takes no new VM")
     elif tool.listens is None:
-        yield found.warn(f"{tool.where}: {tool.problem}, so it is only seen when it is called")
+        yield found.warn(
+            f"{tool.where}: {tool.problem}, so it is only seen when it is called",
+            f"to call it: kvmi-libvirt hook {vm.name}",
+        )
     elif vm.is_active or policy.mode is Mode.REQUIRED:
         start = f"then: kvmi-libvirt hook {vm.name}" if vm.is_active else "then start the VM"
         yield found.fail(
@@ -225,7 +236,8 @@ def _record(vm: VmFacts) -> Iterator[Line]:
     elif record.state == "hooked":
         rights = f"{record.commands} commands, {record.events} events, since {record.since}"
         if record.error is not None:
-            yield found.warn(f"{record.error} ({rights})")
+            todo = f"all of it: kvmi-libvirt status {vm.name}"
+            yield found.warn(f"{record.error} ({rights})", todo)
         elif vm.policy is None:
             yield found.warn(
                 f"it is hooked by {record.source}, though no policy says so",
@@ -234,9 +246,11 @@ def _record(vm: VmFacts) -> Iterator[Line]:
         else:
             yield found.passed(rights)
     elif record.state == "damaged":
-        yield found.fail(record.error or "its record is damaged", code=ExitCode.FAILED)
+        told = record.error or "its record is damaged"
+        yield found.fail(told, FORGET_RECORD, code=ExitCode.FAILED)
     elif record.state == "waiting":
-        yield found.warn(f"the agent tries again: {record.error or 'it is not hooked yet'}")
+        told = f"the agent tries again: {record.error or 'it is not hooked yet'}"
+        yield found.warn(told, "start the tool; to try at once: " + hook)
     else:
         why = record.error or f"it is {record.state}"
         yield found.fail(f"{why} (since {record.since})", hook, code=ExitCode.FAILED)

@@ -17,10 +17,11 @@ from kvmi_libvirt.doctor.facts import HostFacts
 from kvmi_libvirt.doctor.look_agent import look_at_agent
 from kvmi_libvirt.doctor.look_config import look_at_config, look_at_state
 from kvmi_libvirt.doctor.look_hook import look_at_hook
-from kvmi_libvirt.doctor.look_kernel import look_at_kernel, look_at_kvm, look_at_security
+from kvmi_libvirt.doctor.look_kernel import look_at_kernel, look_at_kvm
 from kvmi_libvirt.doctor.look_libvirt import Told, all_domains, find_domain, look_at_libvirt
 from kvmi_libvirt.doctor.look_logs import hook_ran_at
 from kvmi_libvirt.doctor.look_process import Processes
+from kvmi_libvirt.doctor.look_security import look_at_security
 from kvmi_libvirt.doctor.look_sockets import Sockets
 from kvmi_libvirt.doctor.look_vm import World, look_at_vm, runs_emulated
 from kvmi_libvirt.doctor.report import Check

@@ -152,23 +152,35 @@ class SecurityFacts:
 
     Parameters
         is_root        this process is
+        has_ptrace     this process has CAP_SYS_PTRACE; None where that cannot be read
         yama           kernel.yama.ptrace_scope, None without Yama
         apparmor       AppArmor is on
         apparmor_rules files of libvirt's profiles with rules of ours
+        apparmor_unloaded  each profile of a daemon that was loaded before one of these files
+                       was changed, and that file
         selinux        "enforcing", "permissive" or None
         selinux_module our policy module is installed; None where that cannot be read
+        selinux_loaded and is in the kernel's policy; None where that cannot be read
+        hooks_unconfined  the boolean virt_hooks_unconfined, None where there is none
         deny_ptrace    the boolean of that name
         refusals       the last log lines in which either refused something about us
+        apparmor_readme, selinux_readme  where our rules are explained
     """
 
     is_root: bool
+    has_ptrace: bool | None = True
     yama: int | None = None
     apparmor: bool = False
     apparmor_rules: tuple[str, ...] = ()
+    apparmor_unloaded: tuple[tuple[str, str], ...] = ()
     selinux: str | None = None
     selinux_module: bool | None = None
+    selinux_loaded: bool | None = None
+    hooks_unconfined: bool | None = None
     deny_ptrace: bool = False
     refusals: tuple[str, ...] = ()
+    apparmor_readme: str = "packaging/apparmor/README.md"
+    selinux_readme: str = "packaging/selinux/README.md"
 
 
 # -- our own files -------------------------------------------------------------------------
@@ -341,6 +353,7 @@ class VmFacts:
         is_emulated        it runs on the emulated KVMI kernel; ``emulated_abi`` says which
         unsupported        what the policy demands of the kernel in vain
         vcpus              as its XML says
+        newer_rules        a file with AppArmor rules of ours that its profile is older than
         journal            a session with it did not end, or is at work: "" or a sentence
         log                the last lines of the logs that name it, ``log_place`` where they are
     """
@@ -361,6 +374,7 @@ class VmFacts:
     emulated_abi: str | None = None
     unsupported: str | None = None
     vcpus: int = 0
+    newer_rules: str | None = None
     process: ProcessFacts = field(default_factory=ProcessFacts)
     tool: ToolFacts | None = None
     record: RecordFacts | None = None

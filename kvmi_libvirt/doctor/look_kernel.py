@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at the kernel, at /dev/kvm, and at the security modules."""
+"""Look at the kernel, and at /dev/kvm and who may open it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from kvmi_libvirt import bounded, linux
-from kvmi_libvirt.doctor.facts import Access, KernelFacts, KvmFacts, SecurityFacts
-from kvmi_libvirt.doctor.look_logs import refusals
+from kvmi_libvirt.doctor.facts import Access, KernelFacts, KvmFacts
 from kvmi_libvirt.kernel import KVM, probe_kernel
 from kvmi_libvirt.newtypes import LocalFd, RemoteFd
-from kvmi_libvirt.qemu.process import yama_scope
 from kvmi_libvirt.sockdiag import unix_stream_is_connected
 
 _PROBE_TIMEOUT_S: Final = 10.0
@@ -25,12 +23,6 @@ _MAX_LEN: Final = 1 << 20
 _PARAMETER: Final = Path("/sys/module/kvm/parameters/introspection")
 _QEMU_CONF: Final = Path("/etc/libvirt/qemu.conf")
 _QEMU_USERS: Final = ("libvirt-qemu", "qemu")
-_APPARMOR: Final = Path("/sys/module/apparmor/parameters/enabled")
-_APPARMOR_LOCAL: Final = Path("/etc/apparmor.d")
-_SELINUX: Final = Path("/sys/fs/selinux")
-_SELINUX_MODULES: Final = Path("/var/lib/selinux")
-_OUR_MARK: Final = b"kvmi"
-_COMMENT: Final = re.compile(rb"\s*#(?!include)")  # "#include" is one of AppArmor's rules
 _ACL: Final = "system.posix_acl_access"
 
 
@@ -187,57 +179,3 @@ def _may_open(access: Access, uid: int, groups: set[int]) -> bool | None:
     else:
         bits = access.mode
     return bits & 0o6 == 0o6
-
-
-# -- security modules ----------------------------------------------------------------------
-
-
-def look_at_security() -> SecurityFacts:
-    """Find out what Yama, AppArmor and SELinux may forbid."""
-    has_apparmor = (read_text(_APPARMOR) or "").strip() == "Y"
-    selinux = _selinux_mode()
-    return SecurityFacts(
-        is_root=os.geteuid() == 0,
-        yama=yama_scope(),
-        apparmor=has_apparmor,
-        apparmor_rules=tuple(_apparmor_rules(_APPARMOR_LOCAL)),
-        selinux=selinux,
-        refusals=refusals() if has_apparmor or selinux else (),
-        selinux_module=_selinux_module(_SELINUX_MODULES),
-        deny_ptrace=(read_text(_SELINUX / "booleans" / "deny_ptrace") or "0").startswith("1"),
-    )
-
-
-def _apparmor_rules(directory: Path) -> list[str]:
-    # Administrators and packages add to libvirt's profiles in these places.
-    patterns = ("local/*libvirt*", "local/abstractions/*", "abstractions/*.d/*", "*/*.d/*kvmi*")
-    found = {path for pattern in patterns for path in directory.glob(pattern)}
-    return sorted(str(path) for path in found if _mentions_us(path))
-
-
-def _mentions_us(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            lines = file.read(_MAX_LEN).splitlines()
-    except OSError:
-        return False
-    return any(_OUR_MARK in line for line in lines if not _COMMENT.match(line))
-
-
-def _selinux_mode() -> str | None:
-    enforce = read_text(_SELINUX / "enforce")
-    if enforce is None:
-        return None
-    return "enforcing" if enforce.strip() == "1" else "permissive"
-
-
-def _selinux_module(directory: Path) -> bool | None:
-    if not _SELINUX.is_dir():
-        return None
-    try:
-        stores = list(directory.glob("*/active/modules/*"))
-    except OSError:
-        return None
-    if not stores or not all(os.access(store, os.R_OK | os.X_OK) for store in stores):
-        return None
-    return any(entry.name.startswith("kvmi") for store in stores for entry in store.iterdir())

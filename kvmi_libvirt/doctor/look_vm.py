@@ -14,6 +14,12 @@ from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.doctor.facts import RecordFacts, VmFacts
 from kvmi_libvirt.doctor.look_kernel import qemu_account, user_name
 from kvmi_libvirt.doctor.look_logs import lines_about
+from kvmi_libvirt.doctor.look_security import (
+    apparmor_rules,
+    changed_since,
+    is_for_daemon,
+    loaded_at,
+)
 from kvmi_libvirt.errors import KvmiLibvirtError, PlanError, PolicyError, StateError
 from kvmi_libvirt.introspect import look_at
 from kvmi_libvirt.plan import make_plan
@@ -83,6 +89,7 @@ def look_at_vm(told: Told, world: World, *, with_log: bool = True) -> VmFacts:
         emulated_abi=None if wrapper_abi is None else wrapper_abi.name,
         unsupported=_unsupported(policy, abi),
         vcpus=_vcpus(told.xml, source),
+        newer_rules=newer_rules(told.uuid) if told.is_active else None,
         process=process,
         tool=None if policy is None else world.sockets.look_at_tool(policy.source),
         record=record_facts,
@@ -146,6 +153,16 @@ def _vcpus(xml: bytes, source: str) -> int:
         return parse_domain(xml, source=source, with_policy=False).vcpus
     except KvmiLibvirtError:
         return 0
+
+
+def newer_rules(uuid: str) -> str | None:
+    """Return a file with AppArmor rules of ours that the profile of a VM is older than."""
+    moment = loaded_at(f"libvirt-{uuid}")
+    if moment is None:
+        return None
+    rules = [path for path in apparmor_rules() if not is_for_daemon(path)]
+    found = changed_since(moment, rules)
+    return None if found is None else str(found)
 
 
 # -- what it runs on -----------------------------------------------------------------------

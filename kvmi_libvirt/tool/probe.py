@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import selectors
+import shlex
 import socket
 import stat
 import time
@@ -101,7 +102,8 @@ def _make_room(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise KvmiLibvirtError(f"cannot listen on unix:{path}: it exists and is not a socket")
+        error = KvmiLibvirtError(f"cannot listen on unix:{path}: it exists and is not a socket")
+        raise error.then(f"ls -l {shlex.quote(path)}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         try:
@@ -111,11 +113,12 @@ def _make_room(path: str) -> None:
             return
         except FileNotFoundError:
             return
-        except OSError as error:
+        except OSError as refused:
             # A full queue, or a socket of another type: somebody is there.
-            if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
+            if refused.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
                 raise
-    raise KvmiLibvirtError(f"cannot listen on unix:{path}: another process listens there")
+    error = KvmiLibvirtError(f"cannot listen on unix:{path}: another process listens there")
+    raise error.then("ss -xlp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,15 @@
 
 function __kvmi_libvirt_verb
     # Prints the verb on the command line; fails while there is none.
+    set -l is_value no
     for word in (commandline -opc)[2..-1]
+        if test $is_value = yes
+            set is_value no
+            continue
+        end
         switch $word
+            case -c --connect
+                set is_value yes # its URI follows
             case '-*'
             case '*'
                 echo $word
@@ -20,6 +27,7 @@ function __kvmi_libvirt_using
 end
 
 function __kvmi_libvirt_domains
+    # Which domains: --all, --inactive, or those that run.
     set -l uri qemu:///system
     set -l words (commandline -opc)
     for i in (seq (count $words))
@@ -31,7 +39,7 @@ function __kvmi_libvirt_domains
                 set uri (string replace -- --connect= '' $words[$i])
         end
     end
-    timeout 2 virsh --quiet --readonly --connect $uri list --all --name 2>/dev/null | string match -r '.+'
+    timeout 2 virsh --quiet --readonly --connect $uri list $argv --name 2>/dev/null | string match -r '.+'
 end
 
 function __kvmi_libvirt_profiles
@@ -42,6 +50,7 @@ function __kvmi_libvirt_profiles
 end
 
 complete -c kvmi-libvirt -f
+complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -s c -l connect -d 'libvirt to ask' -r -a 'qemu:///system qemu:///session qemu+ssh:// test:///default' -f
 
 complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -l debug -d 'log every step, and show tracebacks'
 complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -l version -d 'print the version'
@@ -78,7 +87,7 @@ complete -c kvmi-libvirt -n '__kvmi_libvirt_using explain' -s c -l connect -d 'l
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using explain' -l abi -d 'the kernel'"'"'s KVMI revision (default' -r -a 'v12 v11 v7' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using explain' -l allowed -d 'leave out what is denied'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using explain' -l json -d 'print the explanation as JSON'
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using explain' -a '(__kvmi_libvirt_domains)' -F
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using explain' -a '(__kvmi_libvirt_domains --all)' -F
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using names' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using names' -l abi -d 'the kernel'"'"'s KVMI revision (default: v12)' -r -a 'v12 v11 v7' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using names' -l json -d 'print the names as JSON'
@@ -88,31 +97,31 @@ complete -c kvmi-libvirt -n '__kvmi_libvirt_using get' -s c -l connect -d 'libvi
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using get' -l live -d 'of the running domain'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using get' -l config -d 'of its next start'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using get' -l json -d 'print it as JSON'
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using get' -a '(__kvmi_libvirt_domains)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using get' -a '(__kvmi_libvirt_domains --all)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using set' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using set' -s c -l connect -d 'libvirt to ask' -r -a 'qemu:///system qemu:///session qemu+ssh:// test:///default' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using set' -l live -d 'of the running domain'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using set' -l config -d 'of its next start'
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using set' -a '(__kvmi_libvirt_domains)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using set' -a '(__kvmi_libvirt_domains --all)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using set' -F
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using unset' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using unset' -s c -l connect -d 'libvirt to ask' -r -a 'qemu:///system qemu:///session qemu+ssh:// test:///default' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using unset' -l live -d 'of the running domain'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using unset' -l config -d 'of its next start'
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using unset' -a '(__kvmi_libvirt_domains)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using unset' -a '(__kvmi_libvirt_domains --all)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using status' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using status' -l json -d 'print JSON'
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using status' -a '(__kvmi_libvirt_domains)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using status' -a '(__kvmi_libvirt_domains --all)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -s c -l connect -d 'libvirt to ask' -r -a 'qemu:///system qemu:///session qemu+ssh:// test:///default' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -l emulated -d 'VMs here run on the emulated KVMI kernel: the host'"'"'s needs none'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -l timeout -d 'how long libvirt may take for an answer (default: 10)' -r -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -l json -d 'print the findings as JSON'
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -a '(__kvmi_libvirt_domains)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using doctor' -a '(__kvmi_libvirt_domains --all)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using start' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using start' -s c -l connect -d 'libvirt to ask' -r -a 'qemu:///system qemu:///session qemu+ssh:// test:///default' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using start' -l json -d 'print the state as JSON'
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using start' -a '(__kvmi_libvirt_domains)' -f
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using start' -a '(__kvmi_libvirt_domains --inactive)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using hook' -s h -l help -d 'show this help message and exit'
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using hook' -s c -l connect -d 'libvirt to ask' -r -a 'qemu:///system qemu:///session qemu+ssh:// test:///default' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using hook' -l pid -d 'instead of DOMAIN: a QEMU that libvirt does not run' -r -f
@@ -178,4 +187,4 @@ complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l dry-run -d 'only
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l root -d 'the root directory, for images and chroots (default: /)' -r -a '(__fish_complete_directories)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l prefix -d 'where man pages and completion go, below the root (default: /usr/local)' -r -a '(__fish_complete_directories)' -f
 complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l proxmox -d 'instead: Proxmox VE'"'"'s hookscript, in a storage'"'"'s snippets directory' -r -a '(__fish_complete_directories)' -f
-complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l purge -d 'remove the configuration too: policy, profiles and secrets'
+complete -c kvmi-libvirt -n '__kvmi_libvirt_using uninstall' -l purge -d 'remove the configuration too, policy, profiles and secrets, and the logs'

@@ -14,7 +14,7 @@ from stand_in import UUID, running_tool, stand_in
 from support import wait_for_supervisor
 
 from kvmi_libvirt import libvirtio
-from kvmi_libvirt.cli import hook, live, main, rights, target
+from kvmi_libvirt.cli import hook, live, main, progress, rights, target
 from kvmi_libvirt.errors import ExitCode
 from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE
@@ -70,10 +70,16 @@ class Operator:
         self.file = directory / "web1.xml"
         self.state = StateDir(directory / "state")
         self.err = ""
+        self.waited: list[str] = []
         self._monkeypatch = monkeypatch
         self._capsys = capsys
         monkeypatch.setattr(target, "StateDir", lambda: self.state)
+        monkeypatch.setattr(progress, "shown", self._shown)
         self.on(host(directory))
+
+    def _shown(self, what: str) -> contextlib.nullcontext[None]:
+        self.waited.append(what)
+        return contextlib.nullcontext()
 
     def on(self, some: HostPolicy) -> None:
         for module in (hook, live, rights):
@@ -127,6 +133,13 @@ def test_every_verb_reaches_a_process_that_libvirt_does_not_run(operator: Operat
         assert "web1: unhooked" in operator.types("unhook", *by_pid)
         operator.types("allow", *by_pid, READ, code=5)
         assert "domain 'web1' is not hooked" in operator.err
+    # Whoever waits for it on a terminal is told what for.
+    where = f"unix:{operator.directory}/tool.sock"
+    rights = "changing the rights on web1"
+    assert operator.waited == [
+        *(f"hooking web1 for the tool at {where}", "moving web1 to its policy"),
+        *(rights, rights, f"waiting for {where} to let web1 go", rights),
+    ]
 
 
 @pytest.mark.ptrace

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Completion in real shells, on a terminal of their own: what TAB makes of a line.
 
-A stand-in for the command notes what it was called with, and one for virsh knows two
-domains. Nothing here talks to libvirt.
+A stand-in for the command notes what it was called with, and one for virsh knows three
+domains, of which two run. Nothing here talks to libvirt.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ TIMEOUT_S: Final = 60.0
 VIRSH: Final = """\
 #!/bin/sh
 case "$*" in
-"--quiet --readonly --connect qemu:///system list --all --name") printf 'web1\\nbig vm\\n\\n' ;;
-"--quiet --readonly --connect test:///default list --all --name") printf 'other9\\n\\n' ;;
+"--quiet --readonly --connect qemu:///system list --all --name")
+	printf 'web1\\nwebmail\\nbig vm\\n\\n' ;;
+"--quiet --readonly --connect qemu:///system list --name") printf 'web1\\nbig vm\\n\\n' ;;
+"--quiet --readonly --connect qemu:///system list --inactive --name") printf 'webmail\\n\\n' ;;
+"--quiet --readonly --connect test:///default list --name") printf 'other9\\n\\n' ;;
 *) echo "error: unexpected $*" >&2; exit 1 ;;
 esac
 """
@@ -152,7 +155,11 @@ def started(name: str, directory: Path) -> Iterator[Shell]:
 
 LINES: Final = (
     ("che\t", "check"),
-    ("uns\t web\t", "unset web1"),
+    ("uns\t big\t", "unset 'big vm'"),
+    ("hook web\t", "hook web1"),
+    ("start we\t", "start webmail"),
+    ("-c test:///d\t unho\t oth\t", "-c test:///default unhook other9"),
+    ("--connect test:///default hook oth\t", "--connect test:///default hook other9"),
     ("hook bi\t", "hook 'big vm'"),
     ("hook --conn\t test:///default oth\t", "hook --connect test:///default other9"),
     ("hook -c test:///default oth\t", "hook -c test:///default other9"),
@@ -165,7 +172,7 @@ LINES: Final = (
     ("names --ab\t v7", "names --abi v7"),
     ("set web1 pol\t", "set web1 'policy one.xml'"),
     ("check pol\t", "check 'policy one.xml'"),
-    ("explain web\t", "explain web1"),
+    ("explain bi\t", "explain 'big vm'"),
     ("emulate --fault eno\t", "emulate --fault enomem"),
     ("probe --list\t unix:/run/x", "probe --listen unix:/run/x"),
 )

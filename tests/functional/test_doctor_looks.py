@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmi_libvirt.abi.probing import Outcome
-from kvmi_libvirt.doctor import look_kernel, look_logs
+from kvmi_libvirt.doctor import look_kernel, look_logs, look_security, look_vm
 from kvmi_libvirt.doctor.facts import Access
 from kvmi_libvirt.doctor.look_config import look_at_config, look_at_state
 from kvmi_libvirt.doctor.look_kernel import access_of, look_at_kernel, look_at_kvm
@@ -384,6 +384,7 @@ def test_owners_are_named_and_links_are_not_followed(tmp_path: Path) -> None:
 def test_apparmor_rules_of_ours_are_those_that_are_no_comment(tmp_path: Path) -> None:
     places = {
         "local/usr.sbin.libvirtd": "# about kvmi\n",
+        "local/usr.sbin.virtqemud": "include if exists <abstractions/kvmi-libvirt-hook>\n",
         "local/abstractions/libvirt-qemu": "  #include <abstractions/kvmi-libvirt-qemu>\n",
         "abstractions/libvirt-qemu.d/kvmi-libvirt": "#x\n/run/kvmi/** rw,\n",
         "local/usr.sbin.cupsd": "/run/kvmi/** rw,\n",
@@ -393,10 +394,82 @@ def test_apparmor_rules_of_ours_are_those_that_are_no_comment(tmp_path: Path) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="ascii")
 
-    assert look_kernel._apparmor_rules(tmp_path) == [
-        str(tmp_path / "abstractions/libvirt-qemu.d/kvmi-libvirt"),
-        str(tmp_path / "local/abstractions/libvirt-qemu"),
+    found = look_security.apparmor_rules(tmp_path)
+
+    assert found == [
+        tmp_path / "abstractions/libvirt-qemu.d/kvmi-libvirt",
+        tmp_path / "local/abstractions/libvirt-qemu",
+        tmp_path / "local/usr.sbin.virtqemud",
     ]
+    assert [look_security.is_for_daemon(path) for path in found] == [False, False, True]
+
+
+@pytest.fixture
+def loaded_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have the kernel show these profiles, all taken at the second 1000."""
+    directory = tmp_path / "profiles"
+    for name, profile in {
+        "libvirtd.12": "libvirtd",
+        "usr.sbin.virtqemud.3": "/usr/sbin/virtqemud",
+        f"libvirt-{UUID}.40": f"libvirt-{UUID}",
+    }.items():
+        (directory / name).mkdir(parents=True)
+        (directory / name / "name").write_text(f"{profile}\n", encoding="ascii")
+        os.utime(directory / name, (1000, 1000))
+    monkeypatch.setattr(look_security, "_APPARMOR_LOADED", directory)
+    return directory
+
+
+@pytest.mark.usefixtures("loaded_profiles")
+def test_a_profile_that_was_loaded_before_our_rules_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = tmp_path / "apparmor.d"
+    rules = {}
+    for name in ("usr.sbin.libvirtd", "usr.sbin.virtqemud", "abstractions/libvirt-qemu"):
+        rules[name] = files / "local" / name
+        rules[name].parent.mkdir(parents=True, exist_ok=True)
+        rules[name].write_text("include <abstractions/kvmi-libvirt-qemu>\n", encoding="ascii")
+        os.utime(rules[name], (999, 999))
+    monkeypatch.setattr(look_vm, "apparmor_rules", lambda: look_security.apparmor_rules(files))
+
+    assert look_security._unloaded(list(rules.values())) == ()
+    assert look_vm.newer_rules(UUID) is None
+
+    for path in rules.values():
+        os.utime(path, (1001, 1001))
+    assert look_security._unloaded(list(rules.values())) == (
+        ("libvirtd", str(rules["usr.sbin.libvirtd"])),
+        ("/usr/sbin/virtqemud", str(rules["usr.sbin.virtqemud"])),
+    )
+    assert look_vm.newer_rules(UUID) == str(rules["abstractions/libvirt-qemu"])
+    assert look_vm.newer_rules("another") is None  # not confined
+
+
+def test_where_our_rules_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged = tmp_path / "apparmor.md"
+
+    # In a checkout, and in a wheel, beside the rules.
+    shipped = look_security._readme("packaging/apparmor", packaged)
+    assert sorted(path.name for path in (Path(shipped).parent / "abstractions").iterdir())
+    packaged.touch()
+    assert look_security._readme("packaging/apparmor", packaged) == str(packaged)
+    packaged.unlink()
+    monkeypatch.setattr(look_security, "data_files", lambda *_arguments: [])
+    assert look_security._readme("packaging/selinux", packaged) == (
+        "packaging/selinux/README.md in the source"
+    )
+
+
+@pytest.mark.parametrize("before", [0, 10, (1 << 20) - 7])
+def test_our_module_is_found_anywhere_in_the_kernels_policy(tmp_path: Path, before: int) -> None:
+    policy = tmp_path / "policy"
+    policy.write_bytes(bytes(before) + look_security.POLICY_MARK + bytes(100))
+
+    assert look_security._has_mark(policy) is True
+    policy.write_bytes(bytes(before) + look_security.POLICY_MARK[:-1])
+    assert look_security._has_mark(policy) is False
+    assert look_security._has_mark(tmp_path / "none") is None
 
 
 def test_capabilities_are_read_of_any_process() -> None:

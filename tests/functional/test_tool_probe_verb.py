@@ -120,7 +120,9 @@ def test_probe_when_stopped_before_any_vm_with_once_then_exit_1(place: str) -> N
         code, out, err = ended(process)
 
     assert (code, out) == (ExitCode.FAILED, "")
-    assert err == "kvmi-libvirt: stopped by a signal before any VM had a result\n"
+    assert err == (
+        "kvmi-libvirt: stopped by a signal before any VM had a result; next: kvmi-libvirt doctor\n"
+    )
     assert not os.path.lexists(place)
 
 
@@ -154,6 +156,7 @@ def test_probe_when_another_listens_then_exit_1_and_it_goes_on(place: str) -> No
 
     assert second.returncode == ExitCode.FAILED
     assert second.stderr == (
-        f"kvmi-libvirt: cannot listen on unix:{place}: another process listens there\n"
+        f"kvmi-libvirt: cannot listen on unix:{place}: another process listens there; "
+        "next: ss -xlp\n"
     )
     assert code == ExitCode.OK

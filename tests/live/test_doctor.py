@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -129,8 +130,10 @@ def test_a_hooked_vm_on_a_sound_host_passes(vm: Vm) -> None:
     kernel = about_host.line("for KVMI in the kernel")
     assert " : FAIL" not in kernel
     if " : WARN" in kernel:
-        assert f"domain '{vm.name}' runs on the emulated one" in kernel
-    assert about_host.code == 0, "\n".join(about_host.lines)
+        assert re.search("(runs|more run) on the emulated one", kernel)
+    # Whatever is wrong with others' VMs on this machine.
+    fails = [line for line in about_host.lines if " : FAIL" in line]
+    assert not [line for line in fails if "Checking domain '" not in line], fails
     assert " : PASS (hooked)" in about_host.line(f"domain '{vm.name}'")
 
 

@@ -41,6 +41,8 @@ def bare_host(prepared: Host) -> Iterator[None]:
         yield
     finally:
         cli("uninstall", "--purge")
+        host.LOG_DIR.mkdir(exist_ok=True)  # the logs went, and with them what "prepared" had made
+        host.LOG_DIR.chmod(0o1777)
         installer.install_hook(python=sys.executable)
         host.reload_libvirtd()
 
@@ -86,6 +88,7 @@ def test_from_nothing_to_a_hooked_vm_and_back(vm: Vm, tmp_path: Path) -> None:
         gone = cli("uninstall", *prefix)
         assert gone.returncode == 0, gone.stderr
         assert f"{vm.name} stays hooked by unix:{vm.socket}, as it is\n" in gone.stdout
+        assert "from now on VMs start without introspection" in gone.stdout
         assert not vm.host.hook.exists()
         assert (CONFIG / "agent.conf").read_text() == "# edited\n"
         assert "hooked" in cli("status", vm.name).stdout

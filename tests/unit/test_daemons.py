@@ -37,7 +37,9 @@ def process(tmp_path: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a process that the kernel knows as *name*."""
     program = tmp_path / name
     shutil.copy(Path("/bin/sleep").resolve(), program)
-    with subprocess.Popen([program, "60"]) as running:
+    # Whoever started the tests may have SIGHUP ignored, as nohup(1) does.
+    command = ["env", "--default-signal=HUP", str(program), "60"]
+    with subprocess.Popen(command) as running:
         comm = Path(f"/proc/{running.pid}/comm")
         wait_until(lambda: comm.read_text(encoding="ascii").strip() == name, what="it runs")
         try:

@@ -46,6 +46,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "errors": frozenset(),
         "newtypes": frozenset(),
         "quoting": frozenset(),
+        "advice": frozenset({"errors", "quoting"}),
         "datafiles": frozenset({"errors"}),
         "abi": BASE | {"abi"},
         "linux": BASE | {"abi"},
@@ -103,7 +104,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
         "doctor": DOCTORING | {"", "libvirtio", "agentclient", "agent.settings"},
-        "cli": DOCTORING | {"", "libvirtio", "cli", "agentclient"},
+        "cli": DOCTORING | {"", "libvirtio", "cli", "agentclient", "advice"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )
@@ -250,7 +251,7 @@ def test_the_checker_sees_every_kind_of_import() -> None:
     assert {item.target for item in own_imports("introspect.hooking")} >= {
         *("session", "worker", "state", "abi.kvmi", "errors", "policy.element"),
     }
-    assert {item.target for item in own_imports("cli")} == {"", "errors"}
+    assert {item.target for item in own_imports("cli")} == {"", "advice", "errors"}
     assert "emulator.launch" in {item.target for item in own_imports("cli.emulate")}
     assert next(i for i in own_imports("plan") if i.target == "policy.model").is_for_types_only
 

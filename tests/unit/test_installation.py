@@ -64,6 +64,7 @@ def test_everything_is_made_with_its_mode_whatever_the_umask(root: Path) -> None
     assert found["etc/kvmi-libvirt/profiles.d"][0] == 0o755
     assert found["etc/kvmi-libvirt/host-policy.xml"] == (0o644, SKELETON.read_bytes())
     assert found["etc/kvmi-libvirt/agent.conf"][0] == 0o644
+    assert b"hook.log" in (found["etc/logrotate.d/kvmi-libvirt"][1] or b"")
     assert b"/run/kvmi " in (found["etc/tmpfiles.d/kvmi-libvirt.conf"][1] or b"")
     assert not [name for name in found if name.startswith("run")]  # of the running system
 
@@ -85,7 +86,7 @@ def test_a_dry_run_tells_the_same_and_touches_nothing(root: Path) -> None:
     dry = Installer(root, dry_run=True)
     removed = [dry.remove(item, purge=True) for item in items(command=COMMAND)]
     assert Change.REMOVED in removed
-    assert dry.purge() == [root / "etc/kvmi-libvirt"]
+    assert dry.purge() == [root / "etc/kvmi-libvirt", root / "var/log/kvmi-libvirt"]
     assert tree(root) == before
 
 
@@ -157,9 +158,10 @@ def test_removing_takes_what_was_made_and_the_note_of_it(root: Path) -> None:
     assert [name for name in tree(root) if name.endswith((".json", "ours"))] == []
 
 
-def test_purging_removes_configuration_and_secrets(root: Path) -> None:
+def test_purging_removes_configuration_secrets_and_logs(root: Path) -> None:
     make_all(root)
     (root / "etc/kvmi-libvirt/secrets/db1").write_bytes(b"secret")
+    (root / "var/log/kvmi-libvirt/hook.log").write_bytes(b"")
     (root / "etc/kvmi-libvirt/host-policy.xml").write_bytes(b"edited")
     installer = Installer(root)
 
@@ -168,6 +170,7 @@ def test_purging_removes_configuration_and_secrets(root: Path) -> None:
     installer.purge()
 
     assert not (root / "etc/kvmi-libvirt").exists()
+    assert not (root / "var/log/kvmi-libvirt").exists()
     assert [name for name, (_, content) in tree(root).items() if content is not None] == []
     assert installer.purge() == []
 

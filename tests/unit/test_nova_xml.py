@@ -117,7 +117,7 @@ INJECTED: Final = (
 )
 TEXTS: Final = st.one_of(
     st.sampled_from(WANTED + INJECTED),
-    st.text(st.characters(min_codepoint=0x20, exclude_categories=("Cs", "Cn")), max_size=40),
+    st.text(st.characters(min_codepoint=0x20, blacklist_categories=("Cs", "Cn")), max_size=40),
 )
 
 

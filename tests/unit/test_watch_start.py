@@ -52,6 +52,7 @@ class Watch:
         self.found: list[int] = []
         self.failures: list[KvmiLibvirtError] = []
         self.waits = threading.Semaphore(0)
+        self.has_begun = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         monkeypatch.setattr(early, "_hook_new", self._note)
         changes: Any = early._Changes
@@ -76,6 +77,7 @@ class Watch:
 
     def begin(self) -> None:
         """Mark the start, watch, and return when nothing more can be done but to wait."""
+        self.has_begun = True
         self.state.mark_start(UUID)
         self._thread.start()
         self.wait()
@@ -97,6 +99,8 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     found = Watch(tmp_path, monkeypatch)
     yield found
     found.mark.unlink(missing_ok=True)
+    if found.has_begun:
+        found.ends()
 
 
 @contextlib.contextmanager

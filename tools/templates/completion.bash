@@ -2,6 +2,8 @@
 # Made by "make generated" from the command's own options: change those instead.
 # shellcheck shell=bash disable=SC2207
 
+# Which domains: --all, --inactive, or those that run. As a shell needs them, since a name may
+# hold spaces; or as they are, for where bash quotes what it takes for names of files.
 _kvmi_libvirt_domains() {
 	local uri=qemu:///system i domain
 	for ((i = 1; i < cword; i++)); do
@@ -11,9 +13,10 @@ _kvmi_libvirt_domains() {
 		esac
 	done
 	while IFS= read -r domain; do
-		# Quoted as a shell needs it: a domain's name may hold spaces.
-		[[ -n $domain && $domain == "$cur"* ]] && COMPREPLY+=("$(printf %q "$domain")")
-	done < <(timeout 2 virsh --quiet --readonly --connect "$uri" list --all --name 2>/dev/null)
+		[[ -n $domain && $domain == "$cur"* ]] || continue
+		[[ ${2:-} == plain ]] || domain=$(printf %q "$domain")
+		COMPREPLY+=("$domain")
+	done < <(timeout 2 virsh --quiet --readonly --connect "$uri" list ${1:+"$1"} --name 2>/dev/null)
 }
 
 _kvmi_libvirt_words() {
@@ -26,6 +29,17 @@ _kvmi_libvirt_files() {
 	COMPREPLY+=($(compgen -f -- "$cur"))
 }
 
+# bash replaces what stands behind the last colon only.
+_kvmi_libvirt_behind_colon() {
+	local prefix=${cur%"${cur##*:}"}
+	COMPREPLY=("${COMPREPLY[@]#"$prefix"}")
+}
+
+_kvmi_libvirt_uris() {
+	_kvmi_libvirt_words "@URIS@"
+	_kvmi_libvirt_behind_colon
+}
+
 _kvmi_libvirt_profiles() {
 	local file
 	_kvmi_libvirt_words "@PROFILES@"
@@ -36,10 +50,12 @@ _kvmi_libvirt_profiles() {
 
 _kvmi_libvirt_value() {
 	case $1 in
-	domain) _kvmi_libvirt_domains ;;
+	domain) _kvmi_libvirt_domains --all ;;
+	running-domain) _kvmi_libvirt_domains ;;
+	stopped-domain) _kvmi_libvirt_domains --inactive ;;
 	file) _kvmi_libvirt_files ;;
 	file-or-domain)
-		_kvmi_libvirt_domains
+		_kvmi_libvirt_domains --all plain
 		_kvmi_libvirt_files
 		;;
 	directory)
@@ -61,7 +77,7 @@ _kvmi_libvirt_value() {
 }
 
 _kvmi_libvirt() {
-	local cur prev cword=-1 i word prefix verb="" valued=""
+	local cur prev cword=-1 i word verb="" valued=""
 	local -a words=()
 	COMPREPLY=()
 	# bash breaks words at colons and equals signs, which URIs and sockets hold.
@@ -76,14 +92,21 @@ _kvmi_libvirt() {
 	done
 	cur=${words[cword]} prev=${words[cword - 1]}
 	for ((i = 1; i < cword; i++)); do
-		word=${words[i]}
-		[[ $word == -* ]] || {
-			verb=$word
+		case ${words[i]} in
+		-c | --connect) i=$((i + 1)) ;; # its URI follows
+		-*) ;;
+		*)
+			verb=${words[i]}
 			break
-		}
+			;;
+		esac
 	done
 	if [[ -z $verb ]]; then
-		_kvmi_libvirt_words "@VERBS@ @GLOBAL@"
+		[[ $cur == --connect=* ]] && prev=--connect cur=${cur#*=}
+		case $prev in
+		-c | --connect) _kvmi_libvirt_uris ;;
+		*) _kvmi_libvirt_words "@VERBS@ @GLOBAL@ -c --connect" ;;
+		esac
 		return
 	fi
 
@@ -96,9 +119,7 @@ _kvmi_libvirt() {
 	esac
 	if [[ -n $value ]]; then
 		_kvmi_libvirt_value "$value"
-		# bash replaces what stands behind the last colon only.
-		prefix=${cur%"${cur##*:}"}
-		COMPREPLY=("${COMPREPLY[@]#"$prefix"}")
+		_kvmi_libvirt_behind_colon
 		return
 	fi
 	if [[ $cur == -* ]]; then

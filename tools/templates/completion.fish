@@ -3,8 +3,15 @@
 
 function __kvmi_libvirt_verb
     # Prints the verb on the command line; fails while there is none.
+    set -l is_value no
     for word in (commandline -opc)[2..-1]
+        if test $is_value = yes
+            set is_value no
+            continue
+        end
         switch $word
+            case -c --connect
+                set is_value yes # its URI follows
             case '-*'
             case '*'
                 echo $word
@@ -20,6 +27,7 @@ function __kvmi_libvirt_using
 end
 
 function __kvmi_libvirt_domains
+    # Which domains: --all, --inactive, or those that run.
     set -l uri qemu:///system
     set -l words (commandline -opc)
     for i in (seq (count $words))
@@ -31,7 +39,7 @@ function __kvmi_libvirt_domains
                 set uri (string replace -- --connect= '' $words[$i])
         end
     end
-    timeout 2 virsh --quiet --readonly --connect $uri list --all --name 2>/dev/null | string match -r '.+'
+    timeout 2 virsh --quiet --readonly --connect $uri list $argv --name 2>/dev/null | string match -r '.+'
 end
 
 function __kvmi_libvirt_profiles
@@ -42,3 +50,4 @@ function __kvmi_libvirt_profiles
 end
 
 complete -c kvmi-libvirt -f
+complete -c kvmi-libvirt -n 'not __kvmi_libvirt_verb' -s c -l connect -d 'libvirt to ask' -r -a '@URIS@' -f

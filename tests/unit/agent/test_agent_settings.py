@@ -16,7 +16,7 @@ from hypothesis import strategies as hs
 from kvmi_libvirt.agent.settings import Settings, load_settings, parse_settings
 from kvmi_libvirt.errors import PolicyError, UsageError
 
-PROGRAM = Path(sys.executable).with_name("kvmi-libvirt")
+PROGRAM = (sys.executable, "-c", "from kvmi_libvirt.cli import main; exit(main())")
 
 
 def parsed(text: str) -> Settings:
@@ -181,7 +181,7 @@ def test_the_configuration_can_be_checked_without_serving(
     path.write_text(text, encoding="ascii")
     path.chmod(0o644)
     done = subprocess.run(
-        [PROGRAM, "agent", "--check-config", "--config", path],
+        [*PROGRAM, "agent", "--check-config", "--config", path],
         capture_output=True,
         text=True,
         check=False,

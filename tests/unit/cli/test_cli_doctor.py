@@ -105,17 +105,26 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("no_colour", "coloured"), [(None, True), ("", True), ("1", False), ("0", False)]
+    ("no_colour", "term", "coloured"),
+    [
+        (None, "xterm", True),
+        ("", "xterm", True),
+        ("1", "xterm", False),
+        ("0", "xterm", False),
+        (None, "dumb", False),
+    ],
 )
 def test_colour_is_for_terminals_that_want_it(
     finds: Callable[..., list[Question]],
     monkeypatch: pytest.MonkeyPatch,
     no_colour: str | None,
+    term: str,
     coloured: bool,
 ) -> None:
     finds(HOST.fail("x"))
     shown = Terminal()
     monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setenv("TERM", term)
     if no_colour is None:
         monkeypatch.delenv("NO_COLOR", raising=False)
     else:
@@ -125,6 +134,18 @@ def test_colour_is_for_terminals_that_want_it(
 
     assert ("\x1b[31mFAIL\x1b[0m" in shown.getvalue()) is coloured
     assert "FAIL" in shown.getvalue()
+
+
+def test_without_a_terminal_there_is_no_colour(
+    finds: Callable[..., list[Question]], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    finds(HOST.fail("x"))
+
+    main(["doctor"])
+
+    assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

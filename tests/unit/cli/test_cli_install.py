@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import os
 from pathlib import Path
 
@@ -12,11 +14,16 @@ import pytest
 from kvmi_libvirt import daemons
 from kvmi_libvirt.cli import install, main, uninstall
 from kvmi_libvirt.daemons import Daemon
+from kvmi_libvirt.doctor.facts import AgentFacts
+from kvmi_libvirt.installation import AGENT_UNIT, Installer, Item, Kind
 from kvmi_libvirt.installer import HOOK_NAME
 from kvmi_libvirt.libvirtio import LibvirtError
 from kvmi_libvirt.state import VmState
 
 Captured = pytest.CaptureFixture[str]
+UNIT = Item(
+    path=Path("/etc/systemd/system", AGENT_UNIT), kind=Kind.OURS, mode=0o644, content=b"unit"
+)
 UNAWARE = Daemon(name="libvirtd", pid=4711, start_ticks=1, started_at=1.0, looked_at=1.0)
 
 
@@ -46,7 +53,11 @@ def test_install_then_uninstall_in_another_root(root: Path, capsys: Captured) ->
     out = capsys.readouterr().out
     assert f"removed {root}/etc/libvirt/hooks/qemu.d/{HOOK_NAME}\n" in out
     assert f"left {root}/etc/kvmi-libvirt/host-policy.xml: it is configuration" in out
-    assert files(root) == {"etc/kvmi-libvirt/agent.conf", "etc/kvmi-libvirt/host-policy.xml"}
+    kept = {"agent.conf", "host-policy.xml"}
+    assert files(root) == {
+        *(f"etc/kvmi-libvirt/{name}" for name in kept),
+        "etc/logrotate.d/kvmi-libvirt",
+    }
 
     assert main(["uninstall", "--root", str(root), "--purge"]) == 0
     assert f"removed {root}/etc/kvmi-libvirt\n" in capsys.readouterr().out
@@ -75,8 +86,9 @@ def test_a_hook_of_somebody_else_is_not_touched(root: Path, capsys: Captured) ->
     directory.mkdir(parents=True)
     (directory / HOOK_NAME).write_text("#!/bin/sh\n", encoding="ascii")
 
-    for verb in ("install", "uninstall"):
-        assert main([verb, "--root", str(root)]) == 1
+    for verb, *option in itertools.product(("install", "uninstall"), ("--purge", "--dry-run")):
+        arguments = [] if verb == "install" and option == ["--purge"] else option
+        assert main([verb, "--root", str(root), *arguments]) == 1
         assert "is not ours: move it away first" in capsys.readouterr().err
     assert files(root) == {f"etc/libvirt/hooks/qemu.d/{HOOK_NAME}"}
 
@@ -228,14 +240,38 @@ def test_uninstalling_says_which_vms_stay_hooked(
     monkeypatch.setattr(uninstall, "items", lambda **_places: [])
     monkeypatch.setattr(uninstall, "seen_states", lambda _damaged: [state])
     monkeypatch.setattr(daemons, "forget", lambda: forgotten.append(True))
+    monkeypatch.setattr(uninstall, "look_at_agent", lambda: AgentFacts(path=""))
 
+    assert main(["uninstall", "--dry-run"]) == 0
+    assert "web1 would stay hooked" in capsys.readouterr().out
+    assert forgotten == []
     assert main(["uninstall"]) == 0
 
     out = capsys.readouterr().out
     assert "web1 stays hooked by unix:/run/kvmi/t.sock, as it is\n" in out
-    assert "kvmi-libvirt unhook web1" in out
+    assert "from now on VMs start without introspection, also those that require it" in out
+    assert out.endswith("kvmi-libvirt unhook web1\n")
     assert forgotten == [True]
     assert files(root) == set()
+
+
+def test_uninstalling_tells_of_an_agent_that_goes_on(
+    here: list[str], root: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("below", lambda _root, path: root / path.relative_to("/")),
+        ("items", lambda **_places: []),
+        ("seen_states", lambda _damaged: []),
+        ("look_at_agent", lambda: AgentFacts(path="", pid=815)),
+    ):
+        monkeypatch.setattr(uninstall, name, value)
+    monkeypatch.setattr(daemons, "forget", lambda: None)
+
+    assert main(["uninstall"]) == 0
+
+    out = capsys.readouterr().out
+    assert "an agent runs (process 815) and goes on to hook VMs: end it" in out
+    assert "without introspection" not in out
 
 
 @pytest.mark.parametrize(
@@ -260,11 +296,14 @@ def test_the_agents_service_is_stopped_before_its_unit_goes(
     for name, value in (
         ("UNIT_DIR", root),
         ("below", lambda _root, path: root / path.relative_to("/")),
-        ("items", lambda **_places: []),
+        ("items", lambda **_places: [UNIT]),
+        ("Installer", lambda _root, **options: Installer(root, **options)),
         ("seen_states", lambda _damaged: []),
+        ("look_at_agent", lambda: AgentFacts(path="")),
     ):
         monkeypatch.setattr(uninstall, name, value)
     monkeypatch.setattr(daemons, "forget", lambda: None)
+    Installer(root).make(UNIT)
 
     assert main(["uninstall", "--dry-run"]) == 0
     assert "would stop and disable kvmi-libvirt-agent.service\n" in capsys.readouterr().out
@@ -275,4 +314,28 @@ def test_the_agents_service_is_stopped_before_its_unit_goes(
     assert out in shown.out
     assert err in shown.err
     asked = (root / "asked").read_text(encoding="ascii")
-    assert asked == "disable --now kvmi-libvirt-agent.service\n"
+    assert asked == "disable --now kvmi-libvirt-agent.service\ndaemon-reload\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [(None, "to start the agent: "), (b"older", "systemctl try-restart "), (b"unit", None)],
+)
+def test_what_is_left_to_do_for_the_agent(
+    here: list[str],
+    root: Path,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+    before: bytes | None,
+    said: str | None,
+) -> None:
+    monkeypatch.setattr(install, "items", lambda **_places: [UNIT])
+    monkeypatch.setattr(install, "Installer", lambda _root, **options: Installer(root, **options))
+    if before is not None:
+        Installer(root).make(dataclasses.replace(UNIT, content=before))
+
+    assert main(["install"]) == 0
+
+    lines = [line for line in capsys.readouterr().out.splitlines() if "daemon-reload" in line]
+    assert [said in line for line in lines if said] == ([True] if said else [])
+    assert bool(lines) is (said is not None)

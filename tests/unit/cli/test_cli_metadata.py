@@ -102,7 +102,9 @@ def test_domain_that_is_not_there_is_exit_5(file: str, capsys: pytest.CaptureFix
     for arguments in (["get"], ["unset"], ["set"]):
         more = [file] if arguments == ["set"] else []
         assert main([*arguments, "-c", URI, "no such", *more]) == 5
-        assert capsys.readouterr().err == f"kvmi-libvirt: no domain 'no such' at {URI}\n"
+        assert capsys.readouterr().err == (
+            f"kvmi-libvirt: no domain 'no such' at {URI}; next: virsh -c {URI} list --all\n"
+        )
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_main_when_place_cannot_be_used_then_one_line(capsys: pytest.CaptureFixt
     assert code == ExitCode.FAILED
     assert capsys.readouterr().err == (
         "kvmi-libvirt: cannot listen on unix:/nonexistent/directory/tool.sock: "
-        "its directory does not exist\n"
+        "its directory does not exist; next: kvmi-libvirt doctor\n"
     )
     assert signal.getsignal(signal.SIGTERM) is before
 

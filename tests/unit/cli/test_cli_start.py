@@ -116,7 +116,7 @@ def test_a_required_vm_that_is_not_hooked_is_not_started(
     assert domain.done == ["start", "hook", "undo"]
     assert capsys.readouterr().err == (
         "kvmi-libvirt: no tool listens; db1 was not started: it was destroyed, and none of its "
-        "instructions ran\n"
+        "instructions ran; next: kvmi-libvirt doctor db1\n"
     )
 
 
@@ -128,7 +128,8 @@ def test_an_optional_vm_runs_without_and_that_is_said(
     assert start() == ExitCode.HANDSHAKE
     assert domain.done == ["start", "hook", "resume"]
     assert capsys.readouterr().err == (
-        "kvmi-libvirt: db1 runs without introspection: no tool listens\n"
+        "kvmi-libvirt: db1 runs without introspection: no tool listens; "
+        "next: kvmi-libvirt doctor db1\n"
     )
 
 
@@ -201,7 +202,9 @@ def test_a_start_that_fails_by_itself_needs_nothing(
     domain.fails["start"] = fail
     assert start() == ExitCode.UNSUPPORTED
     assert domain.done == ["start"]
-    assert capsys.readouterr().err == "kvmi-libvirt: does not start\n"
+    assert capsys.readouterr().err == (
+        "kvmi-libvirt: does not start; next: kvmi-libvirt doctor db1\n"
+    )
 
 
 def test_a_vm_without_introspection_is_started_and_that_is_said(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -26,6 +28,7 @@ from doctor_facts import (
 )
 
 from kvmi_libvirt.abi.probing import Outcome
+from kvmi_libvirt.doctor import check_host
 from kvmi_libvirt.doctor.check_files import (
     check_agent,
     check_config,
@@ -94,7 +97,7 @@ def test_nothing_is_wrong_with_a_sound_host() -> None:
         ({"exists": False}, "hook", "FAIL", "is not there: no VM is hooked"),
         ({"is_ours": False}, "hook", "FAIL", "is not a hook of kvmi-libvirt"),
         ({"is_executable": False}, "hook-executable", "FAIL", f"chmod 0755 {HOOK_PATH}"),
-        ({"shebang_problem": "no python3"}, "hook-executable", "FAIL", "(no python3)"),
+        ({"shebang_problem": "no python3"}, "hook-starts", "FAIL", "(no python3)"),
         ({"is_current": False}, "hook-version", "WARN", "kvmi-libvirt install"),
         ({"python_problem": "No module"}, "hook-interpreter", "FAIL", "(No module)"),
         ({"version": "0.9"}, "hook-interpreter", "WARN", "has version 0.9, this command is 1.0"),
@@ -156,7 +159,11 @@ def test_a_daemon_that_runs_and_does_not_answer() -> None:
 
     refuses = replace(hung, problem="python3-libvirt is not installed", is_silent=False)
     found = bad(list(check_libvirt(refuses, is_needed=False)))
-    assert found == ("libvirt", "FAIL", "python3-libvirt is not installed; None")
+    assert found == (
+        "libvirt",
+        "FAIL",
+        "python3-libvirt is not installed; see its log: journalctl -u libvirtd",
+    )
 
 
 @pytest.mark.parametrize(("has_ptrace", "verdict"), [(False, "FAIL"), (None, "WARN")])
@@ -323,11 +330,12 @@ def test_the_agent(change: dict[str, Any], needed_by: str | None, verdict: str, 
         ({"selinux": "permissive", "selinux_module": False}, "selinux", "WARN", "permissive"),
         ({"selinux": "enforcing", "selinux_module": None}, "selinux", "WARN", "cannot be read"),
         (
-            {"selinux": "enforcing", "selinux_module": True, "deny_ptrace": True},
-            "selinux-ptrace",
-            "FAIL",
-            "setsebool",
+            {"selinux": "enforcing", "selinux_module": True, "selinux_loaded": False},
+            "selinux",
+            "WARN",
+            "semodule -B",
         ),
+        ({"has_ptrace": False}, "own-capabilities", "FAIL", "CAP_SYS_PTRACE"),
     ],
 )
 def test_what_may_forbid_it(change: dict[str, Any], check: str, verdict: str, text: str) -> None:
@@ -335,6 +343,40 @@ def test_what_may_forbid_it(change: dict[str, Any], check: str, verdict: str, te
 
     assert found[:2] == (check, verdict)
     assert text in found[2]
+
+
+@pytest.mark.parametrize("loaded", [True, None])
+def test_a_module_that_is_in_the_policy_or_at_least_installed(loaded: bool | None) -> None:
+    on = replace(SECURITY, selinux="enforcing", selinux_module=True, selinux_loaded=loaded)
+
+    # It lets us trace QEMU whatever that boolean says.
+    for security in (on, replace(on, deny_ptrace=True)):
+        assert {line.verdict for line in check_security(security, LIBVIRT)} == {Verdict.PASS}
+
+
+def test_selinux_that_lets_nobody_trace() -> None:
+    strict = replace(SECURITY, selinux="enforcing", selinux_module=False, deny_ptrace=True)
+
+    found = [line for line in check_security(strict, LIBVIRT) if line.check == "selinux-ptrace"]
+
+    assert [line.verdict for line in found] == [Verdict.FAIL]
+    assert "setsebool -P deny_ptrace off" in str(found[0].todo)
+
+
+def test_the_boolean_without_which_the_modular_daemon_runs_no_hook() -> None:
+    def found(label: str, *, is_on: bool | None) -> list[tuple[Verdict, str | None]]:
+        security = replace(
+            SECURITY, selinux="enforcing", selinux_loaded=True, hooks_unconfined=is_on
+        )
+        libvirt = replace(LIBVIRT, daemons=(replace(DAEMON, label=label),))
+        lines = check_security(security, libvirt)
+        return [(line.verdict, line.todo) for line in lines if line.check == "selinux-hooks"]
+
+    modular = "system_u:system_r:virtqemud_t:s0-s0:c0.c1023"
+    assert found(modular, is_on=False) == [(Verdict.WARN, "setsebool -P virt_hooks_unconfined on")]
+    assert found(modular, is_on=True) == [(Verdict.PASS, None)]
+    assert found(modular, is_on=None) == []  # an older policy, without that domain for hooks
+    assert found("system_u:system_r:virtd_t:s0-s0:c0.c1023", is_on=False) == []
 
 
 @pytest.mark.parametrize("yama", [None, 0, 1, 2])
@@ -352,7 +394,11 @@ def test_apparmor_matters_where_libvirt_is_confined() -> None:
     ruled = replace(on, apparmor_rules=("/etc/apparmor.d/local/x",))
     (line,) = [line for line in check_security(ruled, confined) if line.check == "apparmor"]
     assert line.verdict is Verdict.PASS
-    assert "whether they are loaded cannot be seen" in str(line.reason)
+    assert str(line.reason).startswith("/etc/apparmor.d/local/x")
+    stale = replace(ruled, apparmor_unloaded=(("libvirtd", "/etc/apparmor.d/local/x"),))
+    found = bad(list(check_security(stale, confined)))
+    assert found[:2] == ("apparmor", "WARN")
+    assert "/etc/apparmor.d/local/x was changed after the profile libvirtd was loaded" in found[2]
 
 
 def test_an_interpreter_apparmor_would_not_let_the_hook_run() -> None:
@@ -382,10 +428,14 @@ def test_a_kernel_without_kvmi(outcome: Outcome | None, text: str) -> None:
         problem="/dev/kvm: Permission denied" if outcome is None else None,
     )
 
-    found = bad(list(check_kernel(kernel, KVM, excuse=None)))
+    def about_kvmi(excuse: str | None) -> tuple[str, str, str]:
+        lines = check_kernel(kernel, KVM, excuse=excuse)
+        return bad([line for line in lines if line.check == "kvmi"])
+
+    found = about_kvmi(None)
     assert found[:2] == ("kvmi", "FAIL")
     assert text in found[2]
-    excused = bad(list(check_kernel(kernel, KVM, excuse="all run emulated")))
+    excused = about_kvmi("all run emulated")
     assert excused[:2] == ("kvmi", "WARN")
     assert excused[2].endswith("; all run emulated")
 
@@ -398,6 +448,16 @@ def test_the_module_parameter(excuse: str | None, verdict: str) -> None:
     for shown in ("N", "0"):
         lines = check_kernel(replace(KERNEL, parameter=shown), KVM, excuse=excuse)
         assert bad(list(lines))[:2] == ("kvmi-parameter", verdict)
+
+
+def test_a_kernel_that_has_no_such_parameter() -> None:
+    def of(kernel: KernelFacts) -> Line:
+        lines = check_kernel(replace(kernel, parameter=None), KVM, excuse=None)
+        (line,) = [line for line in lines if line.check == "kvmi-parameter"]
+        return line
+
+    assert of(KERNEL).verdict is Verdict.PASS
+    assert of(replace(KERNEL, outcome=Outcome.ABSENT)).verdict is Verdict.WARN
 
 
 @pytest.mark.parametrize(
@@ -424,3 +484,18 @@ def test_the_device(change: dict[str, Any], verdict: Verdict) -> None:
     kvm: KvmFacts = replace(KVM, **change)
     (line,) = [x for x in check_kernel(KERNEL, kvm, excuse=None) if x.check == "dev-kvm"]
     assert line.verdict is verdict
+
+
+# -- all checks ------------------------------------------------------------------------------
+
+
+def test_whatever_is_wrong_it_is_said_what_to_do() -> None:
+    silent = []
+    for path in sorted(Path(check_host.__file__).parent.glob("check_*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            is_starred = any(isinstance(argument, ast.Starred) for argument in call.args)
+            if call.func.attr in ("fail", "warn") and len(call.args) < 2 and not is_starred:
+                silent.append(f"{path.name}:{call.lineno}")
+    assert silent == []
