@@ -17,6 +17,7 @@ import dataclasses
 import enum
 import logging
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -39,9 +40,9 @@ from kvmi_libvirt.introspect import (
     record_failure,
     verified,
 )
-from kvmi_libvirt.policy.demand import demands, is_required, scan
-from kvmi_libvirt.policy.host import load_host_policy
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH, load_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE, Mode
+from kvmi_libvirt.policy.required import demands, is_required, scan
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.policy.secret import read_secret
 from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR, open_domain
@@ -108,6 +109,8 @@ class Hook:
         self._watch_start = watch_start
         self._on_hooked = on_hooked
         self._allow_standin = allow_standin
+        self.failure: Exception | None = None
+        """What the last operation failed with, whether that was a reason for a veto or not."""
 
     def run(self, name: str, operation: str, xml: bytes) -> str | None:
         """Do what *operation* asks; return the reason of a veto, or None.
@@ -121,6 +124,7 @@ class Hook:
             known = Operation(operation)
         except ValueError:
             return None
+        self.failure = None
         try:
             if known in (Operation.PREPARE, Operation.MIGRATE, Operation.RESTORE):
                 self._check(name, xml)
@@ -133,15 +137,19 @@ class Hook:
             else:
                 self._forget(name, xml)
         except (KvmiLibvirtError, OSError) as error:
+            self.failure = error
             return self._judge(name, known, xml, error)
         return None
 
     def _judge(self, name: str, operation: Operation, xml: bytes, error: Exception) -> str | None:
         line = " ".join(str(error).split())
         vetoes = operation not in (Operation.RECONNECT, Operation.STOPPED, Operation.RELEASE)
-        if vetoes and demands(xml, self._host):
+        if vetoes and demands(xml, self._host, self._host_policy or HOST_POLICY_PATH):
             logger.error("domain %s: %s refused: %s", name, operation.value, line)
-            return f"{_reason(error)}; domain '{name}' requires introspection (kvmi-libvirt)"
+            return (
+                f"{_reason(error)}; domain '{name}' requires introspection; "
+                f"next: kvmi-libvirt doctor {shlex.quote(name)}"
+            )
         logger.warning("domain %s: %s: %s", name, operation.value, line)
         return None
 

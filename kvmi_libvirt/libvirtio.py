@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shlex
 import threading
 import urllib.parse
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_URI: Final = "qemu:///system"
+
+_NEXT: Final = "; next: kvmi-libvirt doctor "  # with this the hook's refusals end, and a name
+_HOOK_WRAPPING: Final = re.compile(
+    r"Hook script execution failed: internal error: Child process \(.*?\) "
+    r"unexpected exit status \d+: "
+)
 
 
 class LibvirtError(KvmiLibvirtError):
@@ -273,10 +280,15 @@ def _said_by_libvirt(what: str, exit_code: ExitCode = ExitCode.UNSUPPORTED) -> I
     try:
         yield
     except libvirt.libvirtError as error:
-        # What a hook said is part of it, with its end of line.
-        failure = LibvirtError(f"{what}: {' '.join(str(error).split())}")
+        failure = LibvirtError(f"{what}: {_said_by_hook(str(error))}")
         failure.exit_code = exit_code
         raise failure from error
+
+
+def _said_by_hook(text: str) -> str:
+    # What our hook says is wrapped in how libvirt called it: a line of environment and path.
+    text = " ".join(text.split())
+    return _HOOK_WRAPPING.sub("", text) if _NEXT in text else text
 
 
 @contextlib.contextmanager

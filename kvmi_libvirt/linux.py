@@ -45,6 +45,10 @@ _prctl = _libc["prctl"]
 _prctl.argtypes = (ctypes.c_int,) + (ctypes.c_ulong,) * 4
 _prctl.restype = ctypes.c_int
 
+_setns = _libc["setns"]
+_setns.argtypes = (ctypes.c_int, ctypes.c_int)
+_setns.restype = ctypes.c_int
+
 _inotify_init1 = _libc["inotify_init1"]
 _inotify_init1.argtypes = (ctypes.c_int,)
 _inotify_init1.restype = ctypes.c_int
@@ -309,6 +313,19 @@ def inotify_add_watch(fd: LocalFd, path: str, mask: int) -> int:
     if number < 0:
         raise_errno("inotify_add_watch", path)
     return number
+
+
+CLONE_NEWNET: Final = 0x40000000
+"""<linux/sched.h>"""
+
+
+def setns(fd: LocalFd, kind: int) -> None:
+    """Move this thread into the namespace *fd*, which must be of that *kind*.
+
+    EPERM without CAP_SYS_ADMIN. Source: setns(2).
+    """
+    if _setns(fd, kind) == -1:
+        raise_errno("setns", fd)
 
 
 def set_process_title(title: str) -> None:

@@ -30,24 +30,31 @@ from kvmi_libvirt.errors import (
     HandshakeRefused,
     KvmiLibvirtError,
     PolicyError,
+    SessionError,
     StateError,
-    TargetAmbiguous,
-    TargetError,
-    TargetGone,
+    TargetUnsuitable,
     UsageError,
 )
-from kvmi_libvirt.introspect import hook_vm, is_same_process, record_failure, verified
-from kvmi_libvirt.newtypes import Pid
+from kvmi_libvirt.introspect import (
+    ALREADY_HOOKED,
+    hook_vm,
+    is_same_process,
+    process_runs,
+    record_failure,
+    verified,
+)
+from kvmi_libvirt.machines import open_machine, require_own_uuid
+from kvmi_libvirt.policy.facts import Identity
 from kvmi_libvirt.policy.model import Mode, UnixSource
 from kvmi_libvirt.policy.secret import read_secret
 from kvmi_libvirt.proxmoxfiles import Files, Places
-from kvmi_libvirt.qemu.process import Process, read_pidfile
 from kvmi_libvirt.qmp import Monitor
 from kvmi_libvirt.state import HOOKED, StateDir
 
 if TYPE_CHECKING:
     from kvmi_libvirt.policy.element import Domain
     from kvmi_libvirt.policy.model import Policy
+    from kvmi_libvirt.qemu.process import Process
     from kvmi_libvirt.state import VmState
 
 logger = logging.getLogger(__name__)
@@ -120,6 +127,10 @@ class Hookscript:
             require_possible(policy, str(self._places.kvm))
             if policy.secret is not None:
                 read_secret(policy.secret)
+            self._require_freeze(policy)
+            uuid = self._files.smbios_uuid()
+            if uuid is not None:
+                require_own_uuid(Identity(name=str(self._vmid), uuid=uuid), self._state)
             _require_tool(policy)
         except KvmiLibvirtError as error:
             if policy.mode is Mode.REQUIRED:
@@ -127,30 +138,56 @@ class Hookscript:
             return f"warning: {error}"
         return ""
 
+    def _require_freeze(self, policy: Policy) -> None:
+        # Without it the guest runs before anybody is told that there is a QEMU.
+        if policy.early and not self._is_to_be_frozen():
+            raise TargetUnsuitable(
+                "its policy says early, for which it must be started frozen: "
+                f"qm set {self._vmid} --freeze 1",
+                pid=0,
+            )
+
+    def _is_to_be_frozen(self) -> bool:
+        return self._files.config().get("freeze") == "1"
+
     # -- after the start ---------------------------------------------------------------
 
     def _start(self) -> str:
         mode: Mode | None = None
-        with self._open() as process:
+        with open_machine(self._vmid, self._places) as process:
             domain = domain_of(self._vmid, process.command_line())
             # Who runs this by hand, later on, must not lose a VM by it.
             recorded = self._recorded(process, domain)
-            if recorded is not None and verified(recorded).state == HOOKED:
-                return f"hooked already, {_rights(recorded)}"
-            try:
-                policy = self._files.policy()
-                if policy is None:
-                    return ""
-                mode = policy.mode
-                self._require_own_uuid(process, domain)
-                state = hook_vm(process, domain, policy, state=self._state)
-            except (KvmiLibvirtError, OSError) as error:
-                return self._without(process, domain, mode, error, is_first=recorded is None)
-            try:
-                resumed = self._resume(process)
-            except KvmiLibvirtError as error:
-                raise _Left(f"hooked, but still frozen: {error}; qm resume {self._vmid}") from error
-        return f"{'hooked before its first instruction' if resumed else 'hooked'}, {_rights(state)}"
+            state = recorded
+            is_new = recorded is None or verified(recorded).state != HOOKED
+            if state is None or is_new:
+                try:
+                    policy = self._files.policy()
+                    if policy is None:
+                        return self._nothing(process)
+                    mode = policy.mode
+                    require_own_uuid(domain, self._state, process)
+                    state, is_new = self._hook(process, domain, policy)
+                except (KvmiLibvirtError, OSError) as error:
+                    return self._without(process, domain, mode, error, is_first=recorded is None)
+            is_frozen = self._resume(process, "hooked")
+        how = "hooked" if is_new else "hooked already"
+        return f"{how}{' before its first instruction' if is_frozen else ''}, {_rights(state)}"
+
+    def _hook(self, process: Process, domain: Domain, policy: Policy) -> tuple[VmState, bool]:
+        # Returns what is in force, and whether that is our doing.
+        try:
+            return hook_vm(process, domain, policy, state=self._state), True
+        except SessionError as error:
+            found = self._recorded(process, domain)
+            if error.kind != ALREADY_HOOKED or found is None:
+                raise
+            return found, False  # by the agent, or by hand, since we looked
+
+    def _nothing(self, process: Process) -> str:
+        if is_started_paused(process.command_line()) and self._is_to_be_frozen():
+            return f"no introspection, and frozen as its configuration says: qm resume {self._vmid}"
+        return ""
 
     def _without(
         self,
@@ -169,7 +206,7 @@ class Hookscript:
                     state=self._state,
                 )
         if mode is Mode.OPTIONAL:
-            self._resume(process)
+            self._resume(process, f"warning: {error}; no introspection")
             return f"warning: {error}; it runs without introspection"
         if mode is Mode.REQUIRED and is_first:
             self._end(process)
@@ -187,52 +224,32 @@ class Hookscript:
             return None
         return recorded
 
-    def _open(self) -> Process:
-        process = Process(read_pidfile(str(self._vmid), run_dir=self._places.run))
-        try:
-            process.require_vmid(self._vmid)
-        except BaseException:
-            process.close()
-            raise
-        return process
-
-    def _require_own_uuid(self, process: Process, domain: Domain) -> None:
-        # Proxmox VE lets several VMs have one SMBIOS UUID, as restored backups do.
-        with contextlib.suppress(StateError):
-            recorded = self._state.load(domain.uuid)
-            if recorded is None or is_same_process(recorded, process):
-                return
-            try:
-                with _process_of(recorded) as other:
-                    other.require_alive()
-            except TargetError:
-                return
-            raise TargetAmbiguous(
-                f"VM {recorded.domain} has the same SMBIOS UUID {domain.uuid}; give it another "
-                f"one (qm set {self._vmid} --smbios1 uuid=...)",
-                pid=process.pid,
-            )
-
     # -- the monitor -------------------------------------------------------------------
 
     def _monitor(self) -> Monitor:
         path = self._places.run / f"{self._vmid}.qmp"
         return Monitor(path, deadline=time.monotonic() + _MONITOR_S)
 
-    def _resume(self, process: Process) -> bool:
-        """Resume a VM that waits for nothing else; say whether it did."""
+    def _resume(self, process: Process, state: str) -> bool:
+        """Resume a VM that waits for nothing else; say whether it did.
+
+        Raises
+            KvmiLibvirtError  it is still frozen; the text begins with *state*
+        """
         arguments = process.command_line()
         if not is_started_paused(arguments) or is_incoming(arguments):
             return False
         # QEMU is also started paused for a backup or a restore: those resume it, or
         # not, by themselves. They lock the configuration.
-        config = self._files.config()
-        if config.get("freeze") != "1" or "lock" in config:
+        if not self._is_to_be_frozen() or "lock" in self._files.config():
             return False
-        with self._monitor() as monitor:
-            if monitor.status() != "prelaunch":
-                return False
-            monitor.execute("cont")
+        try:
+            with self._monitor() as monitor:
+                if monitor.status() != "prelaunch":
+                    return False
+                monitor.execute("cont")
+        except KvmiLibvirtError as error:
+            raise _Left(f"{state}, but still frozen: {error}; qm resume {self._vmid}") from error
         return True
 
     def _end(self, process: Process) -> None:
@@ -250,7 +267,7 @@ class Hookscript:
     def _forget(self) -> None:
         with contextlib.suppress(KvmiLibvirtError):
             for recorded in self._state.all(lambda error: logger.warning("%s", error)):
-                if recorded.domain == str(self._vmid) and _has_ended(recorded):
+                if recorded.domain == str(self._vmid) and not process_runs(recorded):
                     with self._state.locked(recorded.uuid, deadline=time.monotonic() + _LOCK_S):
                         self._state.remove(recorded.uuid)
 
@@ -262,22 +279,6 @@ class _Left(KvmiLibvirtError):
 def _rights(state: VmState) -> str:
     what = f"{len(state.commands)} commands and {len(state.events)} events allowed"
     return f"by {state.source} ({state.abi}): {what}"
-
-
-def _process_of(recorded: VmState) -> Process:
-    process = Process(Pid(recorded.pid))
-    if is_same_process(recorded, process):
-        return process
-    process.close()
-    raise TargetGone(f"process {recorded.pid} has ended", pid=recorded.pid)
-
-
-def _has_ended(recorded: VmState) -> bool:
-    try:
-        _process_of(recorded).close()
-    except TargetError:
-        return True
-    return False
 
 
 def _require_tool(policy: Policy) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt.errors import PolicyError
+from kvmi_libvirt.errors import PolicyError, StateError
 from kvmi_libvirt.policy.document import MAX_BYTES, parse
 from kvmi_libvirt.policy.element import parse_document
 from kvmi_libvirt.policy.facts import Identity
@@ -30,6 +31,9 @@ CLUSTER_DIR: Final = Path("/etc/pve/kvmi")
 """On pmxcfs: root's and group www-data's alone, mode 0640 whatever chmod says."""
 
 _MAX_CONFIG_LEN: Final = 1 << 20
+_SMBIOS_UUID: Final = re.compile(
+    r"(?i)(?:^|,)uuid=([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:,|$)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,7 @@ class Places:
         elements     directories with VMID.xml; the first that has one counts
         run          pidfiles and monitors
         configs      of the VMs on this node
+        nodes        of all nodes, in which theirs are
         owner        whose the files of policy must be
         kvm          the QEMU that machines run in
     """
@@ -49,6 +54,7 @@ class Places:
     elements: tuple[Path, ...] = (Path("/etc/kvmi-libvirt/proxmox"), CLUSTER_DIR)
     run: Path = Path("/var/run/qemu-server")
     configs: Path = Path("/etc/pve/qemu-server")
+    nodes: Path = Path("/etc/pve/nodes")
     owner: int = ROOT
     kvm: Path = Path("/usr/bin/kvm")
 
@@ -63,27 +69,30 @@ class Files:
 
     def __init__(self, vmid: int, places: Places) -> None:
         """Nothing is read yet."""
-        self._vmid = vmid
+        self.vmid = vmid
         self._places = places
 
-    def _host(self) -> HostPolicy:
+    def host(self) -> HostPolicy:
+        """Return the policy of this node, which may be the cluster's. Raises PolicyError."""
         own, cluster = self._places.host_policy
         # A link that leads nowhere is there as well: it will be refused, not passed over.
         path = own if os.path.lexists(own) else cluster
         return load_host_policy(path, owner=self._places.owner)
 
-    def policy(self) -> Policy | None:
+    def policy(self, host: HostPolicy | None = None) -> Policy | None:
         """Return the policy the VM has on this node, or None for no introspection.
 
         An assignment of the host's policy comes before the VM's own element.
 
+        Parameters
+            host  if it was loaded before
         Raises
             PolicyError  there is one that is wrong, or not to be trusted
         """
-        host = self._host()
+        host = host or self.host()
         # By its number alone: a VM's name, description, tags and SMBIOS UUID can be
         # changed by those who were given rights on it.
-        assigned = decide_for(Identity(name=str(self._vmid), vmid=self._vmid), host)
+        assigned = decide_for(Identity(name=str(self.vmid), vmid=self.vmid), host)
         if assigned is not None:
             return assigned
         path, data = self._element()
@@ -92,7 +101,7 @@ class Files:
 
     def _element(self) -> tuple[str, bytes | None]:
         for directory in self._places.elements:
-            path = directory / f"{self._vmid}.xml"
+            path = directory / f"{self.vmid}.xml"
             data = read_trusted(path, limit=MAX_BYTES, owner=self._places.owner)
             if data is not None:
                 return str(path), data
@@ -113,14 +122,38 @@ class Files:
         is_optional = root.get("mode") in (None, Mode.OPTIONAL.value)
         return Mode.OPTIONAL if is_optional else Mode.REQUIRED
 
+    def smbios_uuid(self) -> str | None:
+        """Return the SMBIOS UUID in the VM's configuration, None when there is none."""
+        match = _SMBIOS_UUID.search(self.config().get("smbios1", ""))
+        return None if match is None else match[1].lower()
+
+    def require_config(self) -> None:
+        """Raise StateError if the VM has no configuration: its policy may be away as well.
+
+        So it is while pmxcfs is not mounted; a VM that runs has one on some node.
+        """
+        path = self._config_path()
+        if not path.exists():
+            raise StateError(
+                f"VM {self.vmid}: there is no {path}, so nothing is decided about it: "
+                "does pve-cluster run?"
+            )
+
+    def _config_path(self) -> Path:
+        # A VM that arrives is the other node's until all of it has come.
+        name = f"{self.vmid}.conf"
+        own = self._places.configs / name
+        others = () if own.exists() else self._places.nodes.glob(f"*/qemu-server/{name}")
+        return next(iter(others), own)
+
     def config(self) -> dict[str, str]:
         """Return the VM's configuration; nothing where it cannot be read."""
-        path = self._places.configs / f"{self._vmid}.conf"
+        path = self._config_path()
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text = file.read(_MAX_CONFIG_LEN)
         except OSError as error:
-            logger.warning("VM %d: cannot read %s: %s", self._vmid, path, error.strerror)
+            logger.warning("VM %d: cannot read %s: %s", self.vmid, path, error.strerror)
             return {}
         return parse_config(text)
 

@@ -25,6 +25,11 @@ def shortened(text: str, limit: int = _LIMIT) -> str:
     return printable(text if len(text) <= limit else f"{text[: limit - 3]}...")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return *number* and *noun*, in the plural where there is not one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def quoted(text: str) -> str:
     """Return *text* printable, cut and in double quotes."""
     return f'"{shortened(text)}"'

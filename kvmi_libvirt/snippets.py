@@ -33,6 +33,18 @@ def hookscript_text(python: str) -> bytes:
     return text.replace(_PYTHON_LINE, f"PYTHON = {json.dumps(python)}\n".encode())
 
 
+def hookscript_is_current(directory: Path, *, python: str = sys.executable) -> bool:
+    """Say whether :func:`install_hookscript` would find it in place. Raises as it does."""
+    if not directory.is_dir():
+        raise KvmiLibvirtError(
+            f"{directory} is no directory; name that of a storage's snippets, for example "
+            "/var/lib/vz/snippets"
+        )
+    path = directory / HOOKSCRIPT_NAME
+    is_same = _present(path) == hookscript_text(python)
+    return is_same and stat.S_IMODE(path.stat().st_mode) == _MODE
+
+
 def install_hookscript(directory: Path, *, python: str = sys.executable) -> bool:
     """Install the hookscript into *directory*, replacing an older one of ours atomically.
 
@@ -42,17 +54,11 @@ def install_hookscript(directory: Path, *, python: str = sys.executable) -> bool
         KvmiLibvirtError  a file of that name is not ours, and is left alone; or there
                           is no such directory
     """
-    if not directory.is_dir():
-        raise KvmiLibvirtError(
-            f"{directory} is no directory; name that of a storage's snippets, for example "
-            "/var/lib/vz/snippets"
-        )
-    path = directory / HOOKSCRIPT_NAME
-    text = hookscript_text(python)
-    if _present(path) == text and stat.S_IMODE(path.stat().st_mode) == _MODE:
+    if hookscript_is_current(directory, python=python):
         return False
+    path = directory / HOOKSCRIPT_NAME
     temporary = directory / f".{HOOKSCRIPT_NAME}.new"
-    temporary.write_bytes(text)
+    temporary.write_bytes(hookscript_text(python))
     temporary.chmod(_MODE)
     temporary.rename(path)
     return True

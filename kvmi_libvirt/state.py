@@ -46,14 +46,16 @@ class VmState:
 
     ``commands`` and ``events`` are the canonical names granted beyond what is
     always allowed. ``start_ticks`` (clock ticks after boot) makes ``pid`` unique.
-    ``socket_inode`` is the channel's, 0 when there is none. ``all_ids`` holds
+    ``socket_inode`` is the channel's, 0 when there is none, ``network`` the inode of the
+    network namespace in which it was made (0: not known). ``all_ids`` holds
     "commands" and "events" where all ids were granted, those without a name too.
     ``policy`` is the digest of the policy last acted upon, ``adjusted`` what was
     allowed and denied by hand since, ``secret`` the name of the one the tool proved
     to know, ``vcpus`` how many vCPUs there were at the hook (0: not known),
     ``unhook_s`` how many seconds a tool gets that is asked to let go. Of the ids in
     ``unsure_commands`` and ``unsure_events`` it is not known whether they are allowed:
-    a session that changed them did not live to tell.
+    a session that changed them did not live to tell. ``leaving``: its tool was asked by hand
+    to let go; when it has, the VM is to be unhooked and not hooked again.
     """
 
     domain: str
@@ -77,6 +79,8 @@ class VmState:
     unhook_s: int = 60
     unsure_commands: tuple[int, ...] = ()
     unsure_events: tuple[int, ...] = ()
+    network: int = 0
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +324,8 @@ def _fits(item: object, annotation: str) -> bool:
     }
     if annotation == "int":
         return type(item) is int and 0 <= item < 1 << 63
+    if annotation == "bool":
+        return type(item) is bool
     if annotation in kinds:
         return isinstance(item, kinds[annotation])
     element = str if "str" in annotation else int

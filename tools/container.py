@@ -167,6 +167,8 @@ def _started(root: Path) -> Iterator[int]:
 def _first_process(root: str) -> None:
     for command in (
         ("mount", "--bind", root, root),
+        # A mount, as /dev is everywhere else: libvirt looks for one.
+        ("mount", "--bind", f"{root}/dev", f"{root}/dev"),
         ("mount", "-t", "proc", "proc", f"{root}/proc"),
         ("mount", "-t", "sysfs", "-o", "ro", "sysfs", f"{root}/sys"),
         ("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", f"{root}/run"),

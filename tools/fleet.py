@@ -170,7 +170,7 @@ class Fleet:
             pidfd = os.pidfd_open(vm.pid)
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                select.select([pidfd], [], [])
+                _wait_readable(pidfd)
             finally:
                 os.close(pidfd)
         (self.run_dir / f"{vm.name}.pid").unlink(missing_ok=True)
@@ -195,6 +195,13 @@ def raise_fd_limit() -> None:
     """Allow this process and its children as many descriptors as the hard limit says."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _wait_readable(fd: int) -> None:
+    # Not select(): a process with many VMs has descriptors beyond its reach.
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.poll()
 
 
 def _titles() -> Iterator[tuple[int, bytes]]:

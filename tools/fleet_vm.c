@@ -21,6 +21,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define PAGE 4096
@@ -51,6 +52,7 @@ static _Noreturn void be_vm(char **argv)
 	/* Only now: a parent that ended before this could not have told. */
 	checked(prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl");
 	checked(prctl(PR_SET_NAME, argv[0]), "prctl");
+	signal(SIGPIPE, SIG_IGN); /* as QEMU does: a PREUNHOOK may raise it */
 	kvm = checked(open("/dev/kvm", O_RDWR | O_CLOEXEC), "/dev/kvm");
 	vm = checked(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
 	region.userspace_addr = (unsigned long)mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
@@ -88,13 +90,34 @@ static void start(const char *name, const char *uuid, const char *vcpus)
 	}
 }
 
+/* None becomes a zombie, and none that was not killed ends unnoticed. */
+static void reap(int number)
+{
+	char text[LINE_LEN];
+	int status, saved = errno, length;
+	pid_t child;
+
+	(void)number;
+	while ((child = waitpid(-1, &status, WNOHANG)) > 0) {
+		if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)
+			continue;
+		length = snprintf(text, sizeof(text), "fleet_vm: VM process %d ended: %s %d\n", child,
+				  WIFSIGNALED(status) ? "signal" : "exit code",
+				  WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+		if (write(2, text, length) != length)
+			break;
+	}
+	errno = saved;
+}
+
 int main(int argc, char **argv)
 {
+	struct sigaction action = { .sa_handler = reap, .sa_flags = SA_RESTART | SA_NOCLDSTOP };
 	char line[LINE_LEN], name[LINE_LEN], uuid[LINE_LEN], vcpus[LINE_LEN];
 
 	if (argc > 1)
 		be_vm(argv);
-	signal(SIGCHLD, SIG_IGN); /* none becomes a zombie */
+	checked(sigaction(SIGCHLD, &action, NULL), "sigaction");
 	while (fgets(line, sizeof(line), stdin))
 		if (sscanf(line, "%s %s %s", name, uuid, vcpus) == 3)
 			start(name, uuid, vcpus);

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import daemons, installer
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
+from kvmi_libvirt.policy.secret import SECRETS_DIRECTORY
 from kvmi_libvirt.state import STATE_DIR, StateDir
 
 if TYPE_CHECKING:
@@ -171,6 +172,17 @@ def _started_daemons() -> Iterator[None]:
             stop_daemon(pidfile)
 
 
+@contextlib.contextmanager
+def no_libvirtd() -> Iterator[None]:
+    """Have no libvirtd for the block; running VMs go on and are reconnected to afterwards."""
+    stop_daemon(LIBVIRTD_PIDFILE)
+    try:
+        yield
+    finally:
+        start_daemon("libvirtd", LIBVIRT_SOCKET)
+        wait_until_ready()
+
+
 def restart_libvirtd() -> None:
     """Stop and start libvirtd; running VMs go on and are reconnected to."""
     stop_daemon(LIBVIRTD_PIDFILE)
@@ -247,6 +259,22 @@ def host_policy(text: str, path: Path = HOST_POLICY_PATH) -> Iterator[None]:
             path.unlink()
         else:
             path.write_bytes(before)
+
+
+@contextlib.contextmanager
+def secret(name: str, content: bytes) -> Iterator[None]:
+    """Have a secret of that name for the block."""
+    made = not SECRETS_DIRECTORY.exists()
+    SECRETS_DIRECTORY.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = SECRETS_DIRECTORY / name
+    path.touch(mode=0o600)
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.unlink()
+        if made:
+            SECRETS_DIRECTORY.rmdir()
 
 
 @contextlib.contextmanager
@@ -343,6 +371,21 @@ def marker_rom(*, once: bool = False) -> bytes:
     )
     code = send_once if once else loop
     return code.rjust(0x10000 - 16 + len(code), b"\xf4").ljust(0x10000, b"\xf4")
+
+
+def rebooting_rom() -> bytes:
+    """Return a firmware that sends 'K' to the first serial port and resets the machine."""
+    code = bytes.fromhex(
+        "ba f8 03"  # mov dx, 0x3f8
+        "b0 4b"  # mov al, 'K'
+        "ee"  # out dx, al
+        "b9 ff ff"  # mov cx, 0xffff
+        "e2 fe"  # loop to itself
+        "b0 fe"  # mov al, 0xfe: the keyboard controller's pulse on the reset line
+        "e6 64"  # out 0x64, al
+        "f4"  # hlt
+    )
+    return code.rjust(0x10000, b"\xf4")
 
 
 def write(path: Path, text: str) -> Path:

@@ -4,18 +4,21 @@
 What ``tools/make-deb`` built is installed by apt in a new debootstrap directory, from
 where ``packaging/debian/tests/installed`` runs. Then what a package owes its
 administrator: what was changed by hand stays, what was removed by hand stays away,
-and after a purge nothing is left. Last, the RPM that ``tools/make-rpm`` built here:
-its files and scripts, with the dependencies that Debian has under other names.
+and after a purge nothing is left. Then the RPM that ``tools/make-rpm`` built here:
+its files and scripts, with the dependencies that Debian has under other names. Last,
+README.md's quick start, command by command, held against docs/walkthrough.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import walkthrough
 from container import Container, ContainerError, container
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +43,7 @@ def main() -> int:
             debian.run("apt-get", "update", "-qq", network=True)
             try_deb(debian)
             try_rpm(debian)
+            try_walkthrough(debian, deb)
     except ContainerError as error:
         print(f"test-packages: {error}", file=sys.stderr)
         return 1
@@ -136,6 +140,18 @@ def try_rpm(debian: Container) -> None:
     compiled = [name for name in files(debian) if "__pycache__" in name]
     left = {name for name in left if not any(path.startswith(name) for path in compiled)}
     require(not left, "nothing is left", "\n".join(sorted(left)))
+
+
+def try_walkthrough(debian: Container, deb: Path) -> None:
+    """Do what the README's quick start says; it prints what docs/walkthrough.md has."""
+    say("the README's quick start")
+    if not (debian.root / "dev/kvm").exists():
+        if os.environ.get("CI") == "true":
+            raise ContainerError("CI=true, and no /dev/kvm to run the quick start's VM with")
+        print("   not tried: no /dev/kvm here; CI=true makes this a failure")
+        return
+    walkthrough.verify(debian, deb)
+    print("   all of it does and prints what docs/walkthrough.md says")
 
 
 def apt(debian: Container, *arguments: str) -> str:

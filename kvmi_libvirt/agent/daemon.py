@@ -13,18 +13,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvmi_libvirt import __version__
+from kvmi_libvirt import __version__, proxmoxfiles
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent import logs, zygote
 from kvmi_libvirt.agent.domains import LibvirtDomains, StatusFiles
 from kvmi_libvirt.agent.inotify import MADE, Directories
 from kvmi_libvirt.agent.jobs import Places
 from kvmi_libvirt.agent.keeper import Keeper
+from kvmi_libvirt.agent.machines import Machines
 from kvmi_libvirt.agent.metrics import Metrics
 from kvmi_libvirt.agent.notify import Notifier
 from kvmi_libvirt.agent.pool import Pool
 from kvmi_libvirt.agent.scrape import Scrape
 from kvmi_libvirt.agent.server import Server
+from kvmi_libvirt.agent.settings import PROXMOX
 from kvmi_libvirt.agent.watch import Watcher
 from kvmi_libvirt.agentclient import VERSION
 from kvmi_libvirt.errors import KvmiLibvirtError
@@ -59,6 +61,7 @@ def run(settings: Settings) -> None:
             state_dir=settings.state_dir,
             run_dir=settings.run_dir,
             host_policy=settings.host_policy,
+            proxmox=_node(settings),
             allow_standin=settings.standin,
         ),
         not_theirs=notifier.passed(),
@@ -69,6 +72,14 @@ def run(settings: Settings) -> None:
         os.waitpid(pid, 0)  # ends with its socket
     if not is_whole:
         raise KvmiLibvirtError("the process that workers come from has ended; start the agent anew")
+
+
+def _node(settings: Settings) -> proxmoxfiles.Places | None:
+    if settings.domains != PROXMOX:
+        return None
+    return proxmoxfiles.Places(
+        host_policy=(settings.host_policy, proxmoxfiles.CLUSTER_DIR / "host-policy.xml")
+    )
 
 
 def _raise_fd_limit() -> None:
@@ -113,7 +124,7 @@ class _Agent:
             domains = self._domains(directories)
             stack.push_async_callback(domains.close)
             self._keeper: Keeper
-            metrics = Metrics(lambda: self._keeper.vms.values())
+            metrics = Metrics(lambda: self._keeper.vms)
             self._keeper = keeper = Keeper(
                 self._settings,
                 domains=domains,
@@ -126,7 +137,7 @@ class _Agent:
             )
             stack.push_async_callback(keeper.close)
             server = Server(
-                self._settings.socket_path, operate=keeper.operation, answer=self._answer
+                self._settings.socket_path, operate=keeper.hand_over.operation, answer=self._answer
             )
             await server.start()
             stack.push_async_callback(server.close)
@@ -148,6 +159,9 @@ class _Agent:
         return self._is_whole
 
     def _domains(self, directories: Directories) -> Domains:
+        node = _node(self._settings)
+        if node is not None:
+            return Machines(node, st.StateDir(self._settings.state_dir), directories)
         where = self._settings.domains
         if where.startswith("/"):
             return StatusFiles(Path(where), directories)
@@ -171,7 +185,7 @@ class _Agent:
         answer: dict[str, Any] = {"version": VERSION, "ok": True, "pid": os.getpid()}
         if request.get("op") == "ping":
             counts = dict.fromkeys((st.HOOKED, st.WAITING, st.FAILED, st.UNHOOKED), 0)
-            for vm in self._keeper.vms.values():
+            for vm in self._keeper.vms:
                 if vm.record is not None:
                     counts[vm.record.state] += 1
             return {

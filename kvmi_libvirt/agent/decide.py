@@ -50,8 +50,9 @@ class Seen:
 def next_step(seen: Seen) -> Step:
     """Return what is to be done about a VM.
 
-    A VM that was unhooked by hand stays so until its policy changes: HOOK is only
-    for policies that were not acted upon yet, and for tools that are to be called again.
+    A VM that was unhooked by hand, or is about to be, stays so until its policy changes:
+    HOOK is only for policies that were not acted upon yet, and for tools that are to be
+    called again.
     """
     record, wanted = seen.record, seen.wanted
     if record is None:
@@ -68,6 +69,8 @@ def next_step(seen: Seen) -> Step:
         return Step.LEAVE if is_other_tool else Step.CHANGE
     is_new = record.policy != seen.digest
     if has_hook:
+        if record.leaving:
+            return Step.UNHOOK
         if is_new or wanted.reconnect_s is not None:
             return Step.HOOK
         return Step.UNHOOK

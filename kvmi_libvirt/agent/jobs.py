@@ -17,24 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvmi_libvirt import early, introspect
+from kvmi_libvirt import early, introspect, proxmoxfiles
 from kvmi_libvirt import state as st
 from kvmi_libvirt.agent.decide import FINAL, TOOL_HAS_GONE, Seen, Step, next_step
+from kvmi_libvirt.agent.managers import Libvirt, Manager, Proxmox
 from kvmi_libvirt.errors import (
     KvmiLibvirtError,
-    PlanError,
     PolicyError,
+    SessionError,
     StateError,
     TargetGone,
     TargetNotFound,
 )
 from kvmi_libvirt.hook import Hook
-from kvmi_libvirt.policy.demand import is_required
 from kvmi_libvirt.policy.digest import digest
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH, load_host_policy
-from kvmi_libvirt.policy.model import DEFAULT_RECONNECT_S, Mode, parse_source
+from kvmi_libvirt.policy.model import DEFAULT_RECONNECT_S, parse_source
 from kvmi_libvirt.policy.resolve import decide
-from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR, open_domain
+from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
 from kvmi_libvirt.state import StateDir, VmState
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOCK_S: Final = 5.0
+_ATTEMPTS: Final = 3
 SLOW_RETRY_S: Final = 60.0
 """Between tries of what only something else than time is likely to mend."""
 
@@ -60,16 +61,21 @@ _HOPELESS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where a host keeps what jobs need; tests use others."""
+    """Where a host keeps what jobs need; tests use others.
+
+    Parameters
+        proxmox  of a Proxmox VE node; None where libvirt runs the VMs
+    """
 
     state_dir: Path = st.STATE_DIR
     run_dir: Path = LIBVIRT_QEMU_RUN_DIR
     host_policy: Path = HOST_POLICY_PATH
+    proxmox: proxmoxfiles.Places | None = None
     allow_standin: bool = False
 
 
-def _was_asked(record: VmState | None, argument: dict[str, str]) -> bool:
-    return record is not None and argument["asked"] == str(record.socket_inode)
+def _kind(error: Exception) -> str:
+    return getattr(error, "kind", None) or type(error).__name__
 
 
 def _by_hand(record: VmState) -> bool:
@@ -84,7 +90,6 @@ class Outcome:
     Parameters
         step        what was done, by its name
         record      what is recorded about the VM now, as a dict; None for nothing
-        wanted      the VM has a policy
         error       what failed, one line
         kind        class name of the error
         retry_s     try again, waiting at most so many seconds between tries; None: do not,
@@ -92,6 +97,8 @@ class Outcome:
         is_gone     the VM has ended
         early       a start is to be watched, by the job of that name
         leaving_s   the tool was asked to let go, and has so many seconds
+        warning     what is wrong with the VM though it is hooked
+        had_left    the tool of a VM that is on record as hooked was found gone
         must_call   nothing was done: the tool has to be called, and may not be yet
         veto        why libvirt is to be told no
         stall_us, gap_us, took_us   what hooking cost
@@ -100,12 +107,13 @@ class Outcome:
 
     step: str = Step.NOTHING.value
     record: dict[str, Any] | None = None
-    wanted: bool = False
     error: str | None = None
     kind: str | None = None
     retry_s: float | None = None
     is_gone: bool = False
     leaving_s: int | None = None
+    warning: str | None = None
+    had_left: bool = False
     must_call: bool = False
     early: bool = False
     veto: str | None = None
@@ -116,22 +124,33 @@ class Outcome:
 
 
 class Jobs:
-    """The jobs, for one set of places."""
+    """The jobs, for one set of places.
 
-    def __init__(self, places: Places) -> None:
+    Parameters
+        manager  who runs the VMs, if not whom the places tell of
+    """
+
+    def __init__(self, places: Places, *, manager: Manager | None = None) -> None:
         """Nothing is touched yet."""
         self._places = places
         self._state = StateDir(places.state_dir)
+        self._manager = manager or self._manager_of(places)
         self._started = 0.0
         self._outcome = Outcome()
+
+    def _manager_of(self, places: Places) -> Manager:
+        if places.proxmox is not None:
+            return Proxmox(places.proxmox, self._state)
+        return Libvirt(places.run_dir, places.host_policy)
 
     def run(self, job: str, argument: dict[str, str], xml: bytes) -> Outcome:
         """Do *job*, one of "operation", "early" and "reconcile"; never raises.
 
         Parameters
             argument  "name" and "uuid" of the domain. For the first "operation"; for the
-                      other "may_call", not empty when a tool may be called, and "asked",
-                      the channel whose tool was asked to let go and has had its time
+                      other "may_call", not empty when a tool may be called; "asked",
+                      the channel whose tool was asked to let go; and "has_time", "yes"
+                      while that tool may still take its time
             xml       the domain XML
         """
         self._started = time.monotonic()
@@ -142,7 +161,7 @@ class Jobs:
             elif job == "early":
                 self._early(argument, xml)
             else:
-                self._reconcile(argument, xml)
+                self._reconcile_surely(argument, xml)
         except (TargetGone, TargetNotFound):
             self._outcome.is_gone = True
         except (KvmiLibvirtError, OSError) as error:
@@ -164,6 +183,8 @@ class Jobs:
         )
         self._outcome.step = argument["operation"]
         self._outcome.veto = hook.run(argument["name"], argument["operation"], xml)
+        if hook.failure is not None:
+            self._outcome.kind = _kind(hook.failure)
         with contextlib.suppress(StateError):
             self._note(self._state.load(argument["uuid"]))
 
@@ -187,42 +208,66 @@ class Jobs:
 
     # -- wanted against actual -------------------------------------------------------
 
+    def _reconcile_surely(self, argument: dict[str, str], xml: bytes) -> None:
+        # What somebody does by hand while we decide must not be undone by us.
+        for _ in range(_ATTEMPTS):
+            try:
+                self._reconcile(argument, xml)
+            except SessionError as error:
+                if error.kind != introspect.OVERTAKEN:
+                    raise
+                self._outcome = Outcome()
+            else:
+                return
+        raise SessionError("it is changed all the time by somebody else")
+
     def _reconcile(self, argument: dict[str, str], xml: bytes) -> None:
         name, uuid = argument["name"], argument["uuid"]
-        with open_domain(name, uuid, run_dir=self._places.run_dir) as process:
+        with self._manager.open(name, uuid) as process:
             record = self._record_of(process, uuid)
             self._note(record)
+            if record is not None and record.state == st.HOOKED:
+                self._outcome.warning = introspect.unwatched_vcpus(record, process)
+            if record is None and self._manager.is_being_started(process):
+                self._outcome.retry_s = DEFAULT_RECONNECT_S
+                return
             host: HostPolicy | None = None
             try:
-                host = load_host_policy(self._places.host_policy)
-                domain, policy = decide(xml, host, source=f"XML of domain '{name}'")
+                host = self._manager.host_policy(name)
+                domain, policy = self._manager.decide(process, name, xml, host)
             except PolicyError as error:
                 self._bad_policy(process, argument, xml, record, host, error)
                 return
-            self._outcome.wanted = policy is not None
             seen = Seen(
                 wanted=policy,
                 digest="" if policy is None else digest(policy),
                 record=record,
                 is_open=self._is_open(record),
             )
+            self._outcome.had_left = bool(record and record.socket_inode) and not seen.is_open
             step = next_step(seen)
-            if step is Step.LEAVE and _was_asked(record, argument):
-                step = Step.UNHOOK
             if step is Step.HOOK and not argument["may_call"]:
                 self._outcome.must_call = True
                 return
             self._outcome.step = step.value
             try:
-                self._do(step, process, domain, seen, host)
+                self._do(step, process, domain, seen, host, argument)
             except (TargetGone, TargetNotFound):
                 raise
             except KvmiLibvirtError as error:
+                if getattr(error, "kind", None) == introspect.OVERTAKEN:
+                    raise
                 self._failed(error)
                 self._plan_retry(error, process, uuid, policy)
 
     def _do(
-        self, step: Step, process: Process, domain: Domain, seen: Seen, host: HostPolicy
+        self,
+        step: Step,
+        process: Process,
+        domain: Domain,
+        seen: Seen,
+        host: HostPolicy,
+        argument: dict[str, str],
     ) -> None:
         policy, record = seen.wanted, seen.record
         if step is Step.NOTHING:
@@ -237,29 +282,28 @@ class Jobs:
                 allow_standin=self._places.allow_standin,
                 keeps_adjusted=True,
                 ceiling=host.ceiling,
+                still=lambda now: now == record,
                 on_hooked=self._keep_channel,
             )
         elif step is Step.CHANGE:
             assert policy is not None
             self._change(process, domain.uuid, policy, host)
+        elif step is Step.LEAVE:
+            assert record is not None
+            self._see_off(process, record, policy, argument)
         else:
             assert record is not None
-            self._end(process, record, policy, is_asked=step is Step.UNHOOK)
+            self._take_off(process, record, policy)
 
     def _change(self, process: Process, uuid: str, policy: Policy, host: HostPolicy) -> None:
-        try:
-            record = introspect.change_vm(
-                process,
-                uuid,
-                policy,
-                state=self._state,
-                keeps_adjusted=True,
-                ceiling=host.ceiling,
-            )
-        except PlanError:
-            # The kernel lacks some of it; what it does not allow any more goes all the same.
-            introspect.lower_vm(process, uuid, policy, state=self._state)
-            raise
+        record = introspect.follow_policy(
+            process,
+            uuid,
+            policy,
+            state=self._state,
+            keeps_adjusted=True,
+            ceiling=host.ceiling,
+        )
         self._note(record)
 
     def _tidy(self, process: Process, uuid: str, seen: Seen) -> None:
@@ -274,20 +318,36 @@ class Jobs:
                     self._state.remove(uuid)
                     self._note(None)
 
-    def _end(
-        self, process: Process, record: VmState, policy: Policy | None, *, is_asked: bool
+    def _see_off(
+        self,
+        process: Process,
+        record: VmState,
+        policy: Policy | None,
+        argument: dict[str, str],
     ) -> None:
-        if not is_asked and introspect.ask_to_leave(process, record, state=self._state):
+        was_asked = argument["asked"] == str(record.socket_inode)
+        must_wait = (
+            argument.get("has_time", "") == "yes"
+            if was_asked
+            else introspect.ask_to_leave(process, record, state=self._state)
+        )
+        if must_wait:
             self._outcome.leaving_s = record.unhook_s
-        else:
-            self._take_off(process, record, policy)
+            return
+        if was_asked:
+            self._outcome.step = Step.UNHOOK.value
+        self._take_off(process, record, policy)
 
     def _take_off(self, process: Process, record: VmState, policy: Policy | None) -> None:
         # The policy that is next acted upon must count as new, unless it was this one
         # that ended the introspection: a tool that went away and is not called again.
         is_end = policy is not None and policy.reconnect_s is None
-        done = introspect.unhook_vm(process, record, state=self._state)
-        if is_end and policy is not None and record.policy == digest(policy):
+        done = introspect.unhook_vm(
+            process, record, state=self._state, still=lambda now: now == record
+        )
+        if record.leaving:
+            pass  # by hand: the policy that it had was acted upon
+        elif is_end and policy is not None and record.policy == digest(policy):
             done = dataclasses.replace(done, state=st.FAILED, error=TOOL_HAS_GONE)
         else:
             done = dataclasses.replace(done, policy="")
@@ -307,15 +367,14 @@ class Jobs:
         # What is in force stays in force: nobody asked for less, only wrongly for other.
         # Unless the host says what it does not allow, which counts for everybody.
         self._failed(error)
-        self._outcome.wanted = True
         if record is not None and record.socket_inode:
             if host is not None and self._is_open(record):
                 self._hold_to(host, process, record, argument)
             return
         if record is not None and (record.error in FINAL or _by_hand(record)):
             return
-        mode = Mode.REQUIRED if is_required(xml) else Mode.OPTIONAL
         name, uuid = argument["name"], argument["uuid"]
+        mode = self._manager.demand(name, xml)
         introspect.record_failure(process, name, uuid, mode, error, state=self._state)
         self._note(self._record_of(process, uuid))
 
@@ -325,7 +384,7 @@ class Jobs:
         try:
             if host.refusal(parse_source(record.source or "")) is not None:
                 self._outcome.step = Step.LEAVE.value
-                self._end(process, record, None, is_asked=_was_asked(record, argument))
+                self._see_off(process, record, None, argument)
             elif host.ceiling is not None:
                 self._outcome.step = Step.CHANGE.value
                 self._note(
@@ -334,13 +393,15 @@ class Jobs:
         except (TargetGone, TargetNotFound):
             raise
         except KvmiLibvirtError as error:
+            if getattr(error, "kind", None) == introspect.OVERTAKEN:
+                raise
             self._failed(error)
             self._outcome.retry_s = SLOW_RETRY_S
 
     def _failed(self, error: Exception) -> None:
         line = " ".join(str(error).split())
         self._outcome.error = line
-        self._outcome.kind = getattr(error, "kind", None) or type(error).__name__
+        self._outcome.kind = _kind(error)
 
     def _plan_retry(
         self, error: KvmiLibvirtError, process: Process, uuid: str, policy: Policy | None

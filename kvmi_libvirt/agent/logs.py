@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent's log: structured lines to the journal, or plain ones to stderr.
 
-Journal fields of our own begin with KVMI_LIBVIRT_: _DOMAIN, _UUID, _EVENT, _PID.
+Journal fields of our own begin with KVMI_LIBVIRT_: _DOMAIN, _UUID and _EVENT.
 No package imports.
 
 Source: systemd.journal-fields(7); the journal's native protocol (one datagram of
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 JOURNAL_SOCKET: Final = "/run/systemd/journal/socket"
 IDENTIFIER: Final = "kvmi-libvirt-agent"
 FIELDS: Final = ("domain", "uuid", "event")
-_MAX_DATAGRAM: Final = 64 << 10
+_MAX_VALUE_LEN: Final = 32 << 10
+"""Of a field: several must fit into one datagram, and a cut one is none for the journal."""
 
 _context: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
     "kvmi_libvirt_job", default=None
@@ -117,7 +118,7 @@ class JournalHandler(logging.Handler):
         }
         datagram = b"".join(_field(key, value) for key, value in fields.items())
         with contextlib.suppress(OSError):
-            self._sock.send(datagram[:_MAX_DATAGRAM])
+            self._sock.send(datagram)
 
     def close(self) -> None:
         """Close the socket."""
@@ -126,7 +127,7 @@ class JournalHandler(logging.Handler):
 
 
 def _field(key: str, value: str) -> bytes:
-    raw = value.encode("utf-8", "backslashreplace")
+    raw = value.encode("utf-8", "backslashreplace")[:_MAX_VALUE_LEN]
     if b"\n" not in raw:
         return key.encode() + b"=" + raw + b"\n"
     # A value of several lines carries its length instead.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from kvmi_libvirt import state as st
-from kvmi_libvirt.agent.decide import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -83,10 +82,15 @@ class Metrics:
         self._hook_seconds.labels(operation).observe(outcome.took_us / 1e6)
         if outcome.veto is not None:
             self._vetoes.inc()
-            self._refusals.labels("Veto").inc()
+        if outcome.veto is not None or outcome.kind is not None:
+            self._refusals.labels(outcome.kind or "Veto").inc()
 
-    def note(self, outcome: Outcome) -> None:
-        """Count what a job did."""
+    def note(self, outcome: Outcome, *, is_again: bool = False) -> None:
+        """Count what a job did.
+
+        Parameters
+            is_again  if it hooked a VM: whose tool had gone
+        """
         if not self.is_there:
             return
         if outcome.stall_us:
@@ -94,7 +98,7 @@ class Metrics:
             self._gap_seconds.observe(outcome.gap_us / 1e6)
             record = outcome.record or {}
             self._grants.inc(len(record.get("commands", ())) + len(record.get("events", ())))
-            if outcome.step == Step.HOOK.value:
+            if is_again:
                 self._reconnects.inc()
         if outcome.error is not None:
             self._refusals.labels(outcome.kind or "Error").inc()

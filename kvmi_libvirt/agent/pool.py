@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 IDLE_S: Final = 5.0
 """After this long without work a worker is let go."""
 
+JOB_S: Final = 45.0
+"""For one job: a handshake of at most 30 s, and visits to QEMU."""
+
 LOST: Final = frozenset({"NoWorker", "WorkerDied", "WorkerTimeout"})
 """Kinds of failure after which nobody knows what a job did."""
 

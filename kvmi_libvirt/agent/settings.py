@@ -23,6 +23,8 @@ from kvmi_libvirt.state import STATE_DIR
 CONFIG_PATH: Final = Path("/etc/kvmi-libvirt/agent.conf")
 SECTION: Final = "agent"
 DEFAULT_URI: Final = "qemu:///system"
+PROXMOX: Final = "proxmox"
+"""Instead of a libvirt: the machines of this Proxmox VE node."""
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 _MAX_LEN: Final = 64 << 10
 _DEFAULT_SWEEP_S: Final = 10
@@ -33,8 +35,9 @@ class Settings:
     """How the agent runs.
 
     Parameters
-        domains      a libvirt URI, or a directory in which libvirt keeps status files:
-                     for where the files can be seen and the daemon cannot be reached
+        domains      a libvirt URI; or a directory in which libvirt keeps status files, for
+                     where the files can be seen and the daemon cannot be reached; or
+                     PROXMOX
         metrics      "off", "unix:PATH" or "HOST:PORT" with a loopback address
         log_level    a level of logging
         run_dir      where the pidfiles of running VMs are
@@ -117,10 +120,10 @@ def _settings(values: dict[str, str]) -> Settings:
 
 
 def _domains(text: str) -> str:
-    if not (text.startswith("/") or is_local(text)):
+    if not (text == PROXMOX or text.startswith("/") or is_local(text)):
         raise ValueError(
             f"domains = {text}: write the URI of a libvirt on this host, such as "
-            f"{DEFAULT_URI}, or the absolute path of a directory"
+            f"{DEFAULT_URI}, the absolute path of a directory, or {PROXMOX}"
         )
     return text
 

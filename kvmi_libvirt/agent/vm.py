@@ -22,17 +22,28 @@ class Vm:
     and the domain XML.
 
     Parameters
+        packed   its domain XML, compressed: there may be a thousand VMs
         turn     one job at a time
         is_due   something changed since the last look
-        packed   its domain XML, compressed: there may be a thousand VMs
+        task     looks at it as long as it is due
+        record   what is recorded about it, as far as is known here
+        error    what the last job failed with
+        warning  what is wrong with it though it is hooked
+        has_left its tool has gone, and it was not hooked again since
+        ended    inode of its channel, if that ended while a job was under way
+
+    Of channels:
         channel  our copy of its channel, as watched; None where it cannot be watched
+        parting  while its tool is waited for to let go: whether that is over
         pidfd    of its process, as watched
         process  id and start time of that process
+
+    Of retries:
+        retry    the timer of the next attempt
         tries    how many attempts to hook it failed in a row
         flaps    how many times in a row its tool left soon after it came
         came_s   when its tool came, in the loop's time
         called_s when its tool was last called because it made its socket
-        retry    the timer of the next attempt
     """
 
     uuid: str
@@ -42,17 +53,21 @@ class Vm:
     is_due: bool = False
     task: asyncio.Task[None] | None = None
     record: VmState | None = None
+    error: str | None = None
+    warning: str | None = None
+    has_left: bool = False
+    ended: int = 0
+
     channel: int | None = None
+    parting: asyncio.Future[bool] | None = None
     pidfd: int | None = None
     process: tuple[int, int] | None = None
-    wanted: bool = False
+
+    retry: asyncio.TimerHandle | None = None
     tries: int = 0
     flaps: int = 0
     came_s: float = 0.0
     called_s: float = 0.0
-    retry: asyncio.TimerHandle | None = None
-    closed: asyncio.Event | None = None
-    error: str | None = None
 
     @property
     def xml(self) -> bytes:
@@ -69,14 +84,7 @@ class Vm:
             self.record = record_of(outcome.record)
         elif outcome.error is None:
             self.record = None
-        self.wanted = outcome.wanted
         self.error = outcome.error
-
-    def stop_retry(self) -> None:
-        """Do not try again by ourselves."""
-        if self.retry is not None:
-            self.retry.cancel()
-            self.retry = None
 
 
 def pack(xml: bytes) -> bytes:

@@ -16,7 +16,7 @@ from kvmi_libvirt.policy.document import read_file
 from kvmi_libvirt.policy.findings import Finding, Severity
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH, HostPolicy, load_host_policy
 from kvmi_libvirt.policy.lint import Report, lint
-from kvmi_libvirt.quoting import printable
+from kvmi_libvirt.quoting import counted, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -95,8 +95,7 @@ def _summary(report: Report) -> str:
 def _count(rights: Rights, noun: str) -> str:
     if rights.everything:
         return f"all {noun}s"
-    count = len(rights.allowed)
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return counted(len(rights.allowed), noun)
 
 
 def _note(text: str) -> None:

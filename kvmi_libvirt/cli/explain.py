@@ -12,15 +12,19 @@ from kvmi_libvirt import libvirtio
 from kvmi_libvirt.abi.revisions import REVISIONS, by_name, pinned
 from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json, print_table
+from kvmi_libvirt.cli.target import machine_here
 from kvmi_libvirt.errors import ExitCode, StateError, UnsupportedByKernel
 from kvmi_libvirt.kernel import NO_KVMI, running_abi
+from kvmi_libvirt.machines import running_domain
 from kvmi_libvirt.plan import make_plan
 from kvmi_libvirt.policy.document import parse, read_file
 from kvmi_libvirt.policy.element import domain_of, parse_document
 from kvmi_libvirt.policy.explain import ALLOWED, Decision, explain, notes
+from kvmi_libvirt.policy.facts import Identity
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import Reason
 from kvmi_libvirt.policy.resolve import decide, permit
+from kvmi_libvirt.proxmoxfiles import Files, Places
 from kvmi_libvirt.quoting import printable
 from kvmi_libvirt.state import HOOKED, StateDir
 
@@ -45,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "subject",
         metavar="FILE|DOMAIN",
-        help="domain XML or an element by itself, - for standard input; or a libvirt domain. "
-        "What is a file, or has a / in it, is taken for one",
+        help="domain XML or an element by itself, - for standard input; or a libvirt domain, or "
+        "Proxmox VE's VMID. What is a file, or has a / in it, is taken for one",
     )
     parser.add_argument(
         "-c", "--connect", metavar="URI", default=libvirtio.DEFAULT_URI, help="libvirt to ask"
@@ -62,9 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> ExitCode:
     """Explain what would be in force at the next start, or hook."""
-    host = load_host_policy()
+    machine = _machine(args)
+    host = load_host_policy() if machine is None else machine.host()
     recorded = None
-    if args.subject == "-" or "/" in args.subject or os.path.exists(args.subject):
+    if machine is not None:
+        subject, recorded = _of_machine(machine, host)
+    elif args.subject == "-" or "/" in args.subject or os.path.exists(args.subject):
         subject = _of_document(read_file(args.subject), host, source=printable(args.subject))
     else:
         with progress.shown(f"asking libvirt at {args.connect}"):
@@ -102,6 +109,20 @@ def run(args: argparse.Namespace) -> ExitCode:
     if told:
         print("", *told, sep="\n")
     return ExitCode.OK
+
+
+def _machine(args: argparse.Namespace) -> Files | None:
+    vmid = None if os.path.exists(args.subject) else machine_here(args, args.subject)
+    return None if vmid is None else Files(vmid, Places())
+
+
+def _of_machine(machine: Files, host: HostPolicy) -> tuple[Subject, str | None]:
+    # Returns the revision its hook was made with, too.
+    name = str(machine.vmid)
+    is_assigned = host.assignment(Identity(name=name, vmid=machine.vmid)) is not None
+    subject = Subject(f"VM {name}", machine.policy(host), is_assigned)
+    running = running_domain(machine.vmid, Places())
+    return subject, None if running is None else _recorded_abi(running.uuid)
 
 
 def _of_document(xml: bytes, host: HostPolicy, *, source: str) -> Subject:

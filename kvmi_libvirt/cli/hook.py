@@ -12,9 +12,8 @@ from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
 from kvmi_libvirt.errors import ExitCode, PolicyRefused
 from kvmi_libvirt.introspect import hook_vm, public_fields
 from kvmi_libvirt.policy.document import read_file
-from kvmi_libvirt.policy.element import parse_document, parse_domain
-from kvmi_libvirt.policy.host import load_host_policy
-from kvmi_libvirt.policy.resolve import decide, permit
+from kvmi_libvirt.policy.element import parse_document
+from kvmi_libvirt.policy.resolve import permit
 from kvmi_libvirt.quoting import printable
 
 if TYPE_CHECKING:
@@ -40,14 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> ExitCode:
     """Hook the VM; the VM runs on whatever happens."""
     with open_target(args) as target:
-        host = load_host_policy()
         if args.policy is None:
-            domain, policy = decide(target.domain_xml(), host, source=target.source)
+            domain, policy = target.decide()
         else:
             source = printable(args.policy)
-            domain = parse_domain(target.domain_xml(), source=target.source, with_policy=False)
+            domain = target.domain()
             policy = parse_document(read_file(args.policy), source=source)
-            policy = policy and permit(policy, host, source=source)
+            policy = policy and permit(policy, target.host_policy(), source=source)
         if policy is None:
             raise PolicyRefused(_NO_POLICY, source=printable(args.policy or target.source))
         with progress.shown(f"hooking {target.name} for the tool at {policy.source.describe()}"):
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> ExitCode:
                 domain,
                 policy,
                 state=state_dir(),
-                allow_standin=not target.is_libvirt,
+                allow_standin=not target.is_managed,
             )
     if args.json:
         print_json(public_fields(state))

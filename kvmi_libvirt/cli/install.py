@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import kvmi_libvirt
 from kvmi_libvirt import bounded, daemons, libvirtio
 from kvmi_libvirt.cli import hookscript, progress
 from kvmi_libvirt.cli.hookscript import add_proxmox_argument
 from kvmi_libvirt.errors import ExitCode, KvmiLibvirtError, UsageError
 from kvmi_libvirt.installation import AGENT_UNIT, Change, Installer, items
 from kvmi_libvirt.installer import HOOK_DIR, HOOK_NAME, hook_is_current, install_hook
+from kvmi_libvirt.ownership import who_can_change
 
 if TYPE_CHECKING:
     import argparse
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> ExitCode:
     knowing = [daemon for daemon in running if daemons.knows_of_hooks(daemon, hooks)]
 
     tell(_install_hook(hook_dir, dry_run=args.dry_run), hook_dir / HOOK_NAME, args)
+    if is_here:
+        _tell_who_could_change_it()
     installer = Installer(args.root, dry_run=args.dry_run)
     changes = {}
     for item in items(command=own_command(), prefix=args.prefix):
@@ -109,6 +113,19 @@ def _install_hook(hook_dir: Path, *, dry_run: bool) -> Change:
     if not dry_run:
         install_hook(hook_dir=hook_dir)
     return change
+
+
+def _tell_who_could_change_it() -> None:
+    # Root runs it at every start of a VM from now on.
+    for path in (sys.executable, kvmi_libvirt.__path__[0]):
+        problem = who_can_change(path)
+        if problem is not None:
+            print(
+                f"warning: {problem}, and root runs what is there whenever a VM starts; better "
+                "install the distribution's package, or into a directory of root's",
+                file=sys.stderr,
+            )
+            return
 
 
 def own_command() -> str:

@@ -10,16 +10,28 @@ from kvmi_libvirt.cli import progress
 from kvmi_libvirt.cli.output import print_json
 from kvmi_libvirt.cli.status import summary
 from kvmi_libvirt.cli.target import state_dir
-from kvmi_libvirt.errors import PolicyRefused
-from kvmi_libvirt.introspect import change_vm, is_same_process, public_fields, take_leave
+from kvmi_libvirt.errors import PolicyError, PolicyRefused
+from kvmi_libvirt.introspect import (
+    follow_policy,
+    is_same_process,
+    lower_vm,
+    public_fields,
+    take_leave,
+)
 from kvmi_libvirt.policy.host import load_host_policy
+from kvmi_libvirt.policy.model import parse_source
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.qemu.process import open_domain
 from kvmi_libvirt.state import HOOKED
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmi_libvirt.cli.target import Target
-    from kvmi_libvirt.state import VmState
+    from kvmi_libvirt.policy.limits import HostPolicy
+    from kvmi_libvirt.policy.model import Policy
+    from kvmi_libvirt.qemu.process import Process
+    from kvmi_libvirt.state import StateDir, VmState
 
 
 def print_state(state: VmState, *, as_json: bool) -> None:
@@ -33,17 +45,23 @@ def print_state(state: VmState, *, as_json: bool) -> None:
 def apply_policy(target: Target) -> VmState:
     """Move a hooked VM to the policy it has now.
 
+    What that does not allow any more goes even if it cannot be applied as a whole.
+
     Raises
         PolicyRefused  it has none any more
+        PolicyError    it is wrong, or not allowed on this host
         SessionError   it is not hooked, or by another tool; or a step failed
     """
-    policy = decide(target.domain_xml(), load_host_policy(), source=target.source)[1]
+    state = state_dir()
+    policy = _policy(
+        target.process, target.uuid, lambda: target.decide()[1], target.host_policy, state
+    )
     if policy is None:
         text = "no introspection element, and no assignment of the host fits; to end its "
         text += "introspection, 'kvmi-libvirt unhook' it"
         raise PolicyRefused(text, source=target.source)
     with progress.shown(f"moving {target.name} to its policy"):
-        return change_vm(target.process, target.uuid, policy, state=state_dir())
+        return follow_policy(target.process, target.uuid, policy, state=state)
 
 
 def follow(domain: str, uuid: str, *, uri: str) -> VmState | None:
@@ -63,9 +81,39 @@ def follow(domain: str, uuid: str, *, uri: str) -> VmState | None:
         if not is_same_process(recorded, process):
             return None
         source = f"XML of domain '{running.name}'"
-        policy = decide(running.xml, load_host_policy(), source=source)[1]
+        policy = _policy(
+            process,
+            uuid,
+            lambda: decide(running.xml, load_host_policy(), source=source)[1],
+            load_host_policy,
+            state,
+        )
         if policy is None:
             with progress.shown(f"waiting for {recorded.source} to let {running.name} go"):
                 return take_leave(process, recorded, state=state)
         with progress.shown(f"moving {running.name} to its policy"):
-            return change_vm(process, uuid, policy, state=state)
+            return follow_policy(process, uuid, policy, state=state)
+
+
+def _policy(
+    process: Process,
+    uuid: str,
+    decided: Callable[[], Policy | None],
+    host_policy: Callable[[], HostPolicy],
+    state: StateDir,
+) -> Policy | None:
+    try:
+        return decided()
+    except PolicyError:
+        # Whatever is wrong with it: what the host does not allow counts for everybody.
+        recorded = state.load(uuid)
+        if recorded is not None and recorded.state == HOOKED and is_same_process(recorded, process):
+            _hold_to(host_policy(), process, recorded, state)
+        raise
+
+
+def _hold_to(host: HostPolicy, process: Process, recorded: VmState, state: StateDir) -> None:
+    if host.refusal(parse_source(recorded.source or "")) is not None:
+        take_leave(process, recorded, state=state)
+    elif host.ceiling is not None:
+        lower_vm(process, recorded.uuid, host.ceiling, state=state)

@@ -14,7 +14,6 @@ from kvmi_libvirt.cli.target import add_target_arguments, open_target, state_dir
 from kvmi_libvirt.errors import ExitCode, PolicyRefused, PolicyValueError, UsageError
 from kvmi_libvirt.introspect import change_vm
 from kvmi_libvirt.policy.groups import GROUPS
-from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import Mode, Policy, Reason, Rights, parse_source
 from kvmi_libvirt.policy.rules import COMMANDS, EVENTS, canonical, unknown_right
 
@@ -57,13 +56,12 @@ def change(args: argparse.Namespace, *, allow: bool) -> ExitCode:
     if not args.names:
         raise UsageError("name what to change; 'kvmi-libvirt names' lists it")
     named = read_names(args.names)
-    if allow:
-        named = within_ceiling(named, load_host_policy())
-
-    def wanted(recorded: VmState) -> Policy:
-        return changed(recorded, named, allow=allow)
-
     with open_target(args) as target, progress.shown(f"changing the rights on {target.name}"):
+        granted = within_ceiling(named, target.host_policy()) if allow else named
+
+        def wanted(recorded: VmState) -> Policy:
+            return changed(recorded, granted, allow=allow)
+
         state = change_vm(target.process, target.uuid, wanted, state=state_dir())
     print_state(state, as_json=args.json)
     return ExitCode.OK

@@ -23,8 +23,8 @@ from kvmi_libvirt.errors import (
     UsageError,
 )
 from kvmi_libvirt.introspect import ensure_hooked, is_same_process, public_fields, verified
-from kvmi_libvirt.policy.demand import demands
-from kvmi_libvirt.policy.host import load_host_policy
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH, load_host_policy
+from kvmi_libvirt.policy.required import demands
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.qemu.process import open_domain
 from kvmi_libvirt.state import HOOKED
@@ -91,7 +91,7 @@ def _require_policy(domain: NewDomain) -> None:
     try:
         _policy(domain, xml)
     except PolicyError:
-        if demands(xml, load_host_policy):
+        if demands(xml, load_host_policy, HOST_POLICY_PATH):
             raise
 
 
@@ -117,7 +117,7 @@ def _hooked(new: NewDomain) -> VmState | None:
 def _judge(domain: NewDomain, error: Exception) -> ExitCode:
     code = ExitCode(getattr(error, "exit_code", ExitCode.FAILED))
     try:
-        is_demanded = demands(domain.xml(), load_host_policy)
+        is_demanded = demands(domain.xml(), load_host_policy, HOST_POLICY_PATH)
     except KvmiLibvirtError:
         is_demanded = True  # libvirt does not tell: of two ways the safe one
     if is_demanded:

@@ -14,6 +14,8 @@ from kvmi_libvirt.cli.output import print_json, print_table
 from kvmi_libvirt.cli.target import state_dir
 from kvmi_libvirt.errors import ExitCode, StateError, TargetNotFound
 from kvmi_libvirt.introspect import interrupted, look_at, public_fields
+from kvmi_libvirt.quoting import counted
+from kvmi_libvirt.state import HOOKED
 
 if TYPE_CHECKING:
     import argparse
@@ -70,6 +72,8 @@ def _confirmed(state: VmState, told: dict[str, dict[str, Any]]) -> VmState | Non
     vm = told.get(state.uuid)
     if vm is None or (vm["pid"], vm["state"], vm["since"]) != (state.pid, state.state, state.since):
         return None
+    if state.state == HOOKED and not vm.get("watched"):
+        return None  # its tool may have gone since the agent last asked the kernel
     return dataclasses.replace(state, error=vm["error"])
 
 
@@ -96,7 +100,7 @@ def _show(args: argparse.Namespace, states: list[VmState]) -> None:
                 state.state,
                 state.mode,
                 state.abi or "-",
-                f"{len(state.commands)} commands, {len(state.events)} events",
+                f"{counted(len(state.commands), 'command')}, {counted(len(state.events), 'event')}",
                 state.source or "-",
                 state.since,
             )
@@ -114,7 +118,8 @@ def summary(state: VmState) -> str:
         return f"{state.domain}: {state.state}"
     return (
         f"{state.domain}: hooked by {state.source} ({state.abi}), "
-        f"{len(state.commands)} commands and {len(state.events)} events allowed"
+        f"{counted(len(state.commands), 'command')} and "
+        f"{counted(len(state.events), 'event')} allowed"
     )
 
 

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 
 from kvmi_libvirt import libvirtio
 from kvmi_libvirt.cli import progress
+from kvmi_libvirt.commandline import domain_of
 from kvmi_libvirt.errors import PolicyValueError, StateError, TargetNotFound, UsageError
 from kvmi_libvirt.introspect import is_same_process
+from kvmi_libvirt.machines import known_here, open_machine, require_own_uuid
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.policy.document import read_file
 from kvmi_libvirt.policy.element import parse_domain
+from kvmi_libvirt.policy.host import load_host_policy
+from kvmi_libvirt.policy.resolve import decide
+from kvmi_libvirt.proxmoxfiles import Files, Places
 from kvmi_libvirt.qemu.process import Process, open_domain
 from kvmi_libvirt.quoting import printable
 from kvmi_libvirt.state import StateDir
@@ -22,6 +27,10 @@ from kvmi_libvirt.state import StateDir
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
+
+    from kvmi_libvirt.policy.element import Domain
+    from kvmi_libvirt.policy.limits import HostPolicy
+    from kvmi_libvirt.policy.model import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +41,10 @@ class Target:
 
     Parameters
         xml         the domain's, whose introspection element may be wrong; None for a
-                    hooked process that was named without it
+                    machine of Proxmox VE, and a hooked process that was named without it
         source      what *xml* is, for messages
-        is_libvirt  libvirt runs it
+        is_managed  libvirt or Proxmox VE runs it
+        files       of a machine of Proxmox VE, None for any other
     """
 
     process: Process
@@ -42,14 +52,36 @@ class Target:
     uuid: str
     xml: bytes | None
     source: str
-    is_libvirt: bool
+    is_managed: bool
+    files: Files | None = None
 
-    def domain_xml(self) -> bytes:
-        """Return the domain XML.
+    def host_policy(self) -> HostPolicy:
+        """Return the policy of its host. Raises PolicyError."""
+        return load_host_policy() if self.files is None else self.files.host()
+
+    def domain(self) -> Domain:
+        """Return what the VM is, whatever its policy. Raises as decide()."""
+        if self.files is not None:
+            domain = domain_of(self.files.vmid, self.process.command_line())
+            require_own_uuid(domain, state_dir(), self.process)
+            return domain
+        return parse_domain(self._domain_xml(), source=self.source, with_policy=False)
+
+    def decide(self) -> tuple[Domain, Policy | None]:
+        """Return what the VM is, and the policy it has now.
 
         Raises
-            UsageError  none was given.
+            UsageError       a process was named without its domain XML
+            PolicyError      its policy is wrong, or not to be trusted
+            StateError       the files of Proxmox VE are not there
+            TargetAmbiguous  another machine of Proxmox VE is on record by its UUID
         """
+        if self.files is not None:
+            self.files.require_config()
+            return self.domain(), self.files.policy()
+        return decide(self._domain_xml(), self.host_policy(), source=self.source)
+
+    def _domain_xml(self) -> bytes:
         if self.xml is None:
             raise UsageError("--pid needs --xml FILE here: the policy is found by the domain XML")
         return self.xml
@@ -58,7 +90,9 @@ class Target:
 def add_target_arguments(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
     """Declare DOMAIN, --connect, and --pid with --xml."""
     if positional:
-        parser.add_argument("domain", nargs="?", metavar="DOMAIN", help="name, uuid or id")
+        parser.add_argument(
+            "domain", nargs="?", metavar="DOMAIN", help="name, uuid or id; or Proxmox VE's VMID"
+        )
     parser.add_argument(
         "-c", "--connect", metavar="URI", default=libvirtio.DEFAULT_URI, help="libvirt to ask"
     )
@@ -90,6 +124,11 @@ def open_target(args: argparse.Namespace) -> Iterator[Target]:
             raise UsageError("--xml goes with --pid PID")
         if args.domain is None:
             raise UsageError("name a DOMAIN, or --pid PID with --xml FILE")
+        vmid = machine_here(args)
+        if vmid is not None:
+            with open_machine(vmid, Places()) as process:
+                yield _machine(vmid, process)
+            return
         if libvirtio.is_remote(args.connect):
             raise UsageError(f"--connect {printable(args.connect)} is another host: run this there")
         with progress.shown(f"asking libvirt at {args.connect}"):
@@ -101,7 +140,7 @@ def open_target(args: argparse.Namespace) -> Iterator[Target]:
                 uuid=running.uuid,
                 xml=running.xml,
                 source=f"XML of domain '{running.name}'",
-                is_libvirt=True,
+                is_managed=True,
             )
         return
     if args.domain is not None:
@@ -124,8 +163,31 @@ def open_target(args: argparse.Namespace) -> Iterator[Target]:
             uuid=domain.uuid,
             xml=xml,
             source=source,
-            is_libvirt=False,
+            is_managed=False,
         )
+
+
+def machine_here(args: argparse.Namespace, domain: str | None = None) -> int | None:
+    """Return the VMID that is named, None when it is for libvirt to tell what is meant.
+
+    Parameters
+        domain  what was named, if not ``args.domain``
+    """
+    name = args.domain if domain is None else domain
+    return known_here(name, Places()) if args.connect == libvirtio.DEFAULT_URI else None
+
+
+def _machine(vmid: int, process: Process) -> Target:
+    domain = domain_of(vmid, process.command_line())
+    return Target(
+        process=process,
+        name=domain.name,
+        uuid=domain.uuid,
+        xml=None,
+        source=f"policy of VM {vmid}",
+        is_managed=True,
+        files=Files(vmid, Places()),
+    )
 
 
 def _recorded(process: Process) -> Target:
@@ -137,7 +199,7 @@ def _recorded(process: Process) -> Target:
                 uuid=recorded.uuid,
                 xml=None,
                 source="",
-                is_libvirt=False,
+                is_managed=False,
             )
     raise TargetNotFound(
         f"nothing is recorded of process {process.pid}; name its domain XML with --xml FILE",

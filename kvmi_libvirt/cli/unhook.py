@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> ExitCode:
             error = TargetNotFound(f"domain '{target.name}' is not hooked by kvmi-libvirt")
             raise error.then("kvmi-libvirt status")
         if args.now or recorded.state != HOOKED:
-            leave, doing = unhook_vm, f"unhooking {target.name}"
+            with progress.shown(f"unhooking {target.name}"):
+                record = unhook_vm(target.process, recorded, state=state)
         else:
-            leave, doing = take_leave, f"waiting for {recorded.source} to let {target.name} go"
-        with progress.shown(doing):
-            record = leave(target.process, recorded, state=state)
+            with progress.shown(f"waiting for {recorded.source} to let {target.name} go"):
+                record = take_leave(target.process, recorded, state=state)
     if args.json:
         print_json(public_fields(record))
     else:

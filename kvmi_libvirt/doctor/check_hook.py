@@ -32,6 +32,7 @@ def check_hook(
     usable = yield from _script(hook)
     if usable:
         yield from _interpreter(hook, security, own_version)
+        yield _owner(hook)
     yield from _neighbours(hook)
     if usable:
         yield from _known(libvirt)
@@ -95,6 +96,16 @@ def _interpreter(hook: HookFacts, security: SecurityFacts, own_version: str) -> 
         )
     else:
         yield found.passed(f"{hook.python}, version {hook.version}")
+
+
+def _owner(hook: HookFacts) -> Line:
+    found = Check("hook-owner", "that only root can change what the hook runs")
+    if not hook.others_can:
+        return found.passed()
+    return found.warn(
+        f"{'; '.join(hook.others_can)}: who can change that is root at the next start of a VM",
+        f"install the distribution's package, or into a directory of root's; then: {INSTALL}",
+    )
 
 
 def _neighbours(hook: HookFacts) -> Iterator[Line]:

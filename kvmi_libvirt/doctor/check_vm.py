@@ -11,6 +11,7 @@ from kvmi_libvirt.doctor.check_host import what_to_do
 from kvmi_libvirt.doctor.report import Check, Line, Verdict
 from kvmi_libvirt.errors import ExitCode
 from kvmi_libvirt.policy.model import Mode
+from kvmi_libvirt.quoting import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,8 +147,10 @@ def _process(vm: VmFacts) -> Iterator[Line]:
         yield able.fail(process.problem, f"when that is over: kvmi-libvirt hook {vm.name}")
     elif process.vcpus is not None and process.vcpus < vm.vcpus:
         yield able.warn(f"only {process.vcpus} of its {vm.vcpus} vCPUs exist yet", "try again")
+    elif process.vcpus is not None:
+        yield able.passed(f"one VM, {counted(process.vcpus, 'vCPU')}")
     else:
-        yield able.passed(f"one VM, {process.vcpus} vCPUs")
+        yield able.passed("one VM")
     if vm.newer_rules is not None:
         yield _check(vm, "apparmor", "for our AppArmor rules in its profile").warn(
             f"its profile was loaded before {vm.newer_rules} was changed: what is new there is not "
@@ -234,7 +237,8 @@ def _record(vm: VmFacts) -> Iterator[Line]:
             code=ExitCode.FAILED,
         )
     elif record.state == "hooked":
-        rights = f"{record.commands} commands, {record.events} events, since {record.since}"
+        commands, events = counted(record.commands, "command"), counted(record.events, "event")
+        rights = f"{commands}, {events}, since {record.since}"
         if record.error is not None:
             todo = f"all of it: kvmi-libvirt status {vm.name}"
             yield found.warn(f"{record.error} ({rights})", todo)

@@ -49,6 +49,7 @@ class HookFacts:
         python_program  what that is, without links: this is what a security module sees
         python_problem  why that cannot
         version         of the package that interpreter has
+        others_can      who besides root can change the script, the interpreter or the package
         stray           executables beside it that only look like leftovers of an editor or
                         a package manager; libvirt runs them too
         broken          executables libvirt cannot start, each with why
@@ -64,6 +65,7 @@ class HookFacts:
     python_program: str | None = None
     python_problem: str | None = None
     version: str | None = None
+    others_can: tuple[str, ...] = ()
     stray: tuple[str, ...] = ()
     broken: tuple[tuple[str, str], ...] = ()
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from kvmi_libvirt import daemons
 from kvmi_libvirt.agentclient import SOCKET_NAME, VERSION
 from kvmi_libvirt.doctor.facts import AgentFacts
 from kvmi_libvirt.doctor.look_kernel import access_of
@@ -26,9 +27,16 @@ _ucred: Final = struct.Struct("=iII")
 
 
 def look_at_agent(
-    path: Path = AGENT_SOCKET, *, units: Path = _UNITS, timeout_s: float = _TIMEOUT_S
+    path: Path = AGENT_SOCKET, *, units: Path | None = None, timeout_s: float = _TIMEOUT_S
 ) -> AgentFacts:
-    """Find out whether an agent answers on *path*."""
+    """Find out whether an agent answers on *path*.
+
+    Parameters
+        units  where systemd's links to units are; None: this host's, if systemd manages its
+               services. What a package enables in a container or chroot, nobody starts
+    """
+    if units is None and daemons.is_booted_with_systemd():
+        units = _UNITS
     access = access_of(path)
     pid, problem = None, None
     if access is not None:
@@ -40,7 +48,9 @@ def look_at_agent(
             problem = f"{path} is there, but nobody listens: it has ended"
         except (OSError, ValueError) as error:
             problem = f"{path}: {error}"
-    wanted = any(units.glob(f"*.wants/{AGENT_UNIT}")) or any(units.glob(f"*.requires/{AGENT_UNIT}"))
+    wanted = units is not None and any(
+        link for kind in ("wants", "requires") for link in units.glob(f"*.{kind}/{AGENT_UNIT}")
+    )
     return AgentFacts(path=str(path), access=access, pid=pid, problem=problem, is_enabled=wanted)
 
 

@@ -14,13 +14,17 @@ from kvmi_libvirt.daemons import HOOKS_DIR, HookFile, qemu_hooks
 from kvmi_libvirt.doctor.facts import HookFacts
 from kvmi_libvirt.errors import KvmiLibvirtError
 from kvmi_libvirt.installer import HOOK_NAME, hook_text, is_our_hook
+from kvmi_libvirt.ownership import who_can_change
 
 _RUN_TIMEOUT_S: Final = 20.0
 _MAX_HOOK_LEN: Final = 1 << 20
 _MAX_SHEBANG_LEN: Final = 256  # what the kernel reads of it
 _PYTHON_LINE: Final = re.compile(r'^PYTHON = (".*")$', re.MULTILINE)
 _ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
-_ASK_VERSION: Final = "import kvmi_libvirt, kvmi_libvirt.hook; print(kvmi_libvirt.__version__)"
+_ASK_PACKAGE: Final = (
+    "import kvmi_libvirt, kvmi_libvirt.hook; "
+    "print(kvmi_libvirt.__version__, kvmi_libvirt.__path__[0], sep='\\n')"
+)
 
 # What editors, dpkg, ucf, rpm, pacman and people leave beside a file they replace.
 _STRAY: Final = re.compile(
@@ -44,7 +48,8 @@ def look_at_hook(hooks_dir: Path = HOOKS_DIR) -> HookFacts:
         return HookFacts(path=str(path), exists=is_there, stray=stray, broken=broken)
     python = _interpreter(text, path)
     is_ours = is_our_hook(text)
-    version, problem = _package_of(python) if is_ours else (None, None)
+    version, package, problem = _package_of(python) if is_ours else (None, None, None)
+    run_as_root = [str(path), python, package or python] if is_ours else []
     return HookFacts(
         path=str(path),
         exists=True,
@@ -56,6 +61,7 @@ def look_at_hook(hooks_dir: Path = HOOKS_DIR) -> HookFacts:
         python_program=os.path.realpath(python),
         python_problem=problem,
         version=version,
+        others_can=tuple(filter(None, dict.fromkeys(map(who_can_change, run_as_root)))),
         stray=stray,
         broken=broken,
     )
@@ -99,9 +105,13 @@ def _shebang_problem(text: bytes) -> str | None:
     return _run([*shebang, "-c", "import posix, sys"])[1]
 
 
-def _package_of(python: str) -> tuple[str | None, str | None]:
-    told, problem = _run([python, "-I", "-c", _ASK_VERSION])
-    return (told, None) if problem is None else (None, problem)
+def _package_of(python: str) -> tuple[str | None, str | None, str | None]:
+    # Its version, where it lies, and why it cannot be loaded.
+    told, problem = _run([python, "-I", "-c", _ASK_PACKAGE])
+    if problem is not None:
+        return None, None, problem
+    version, _, place = told.partition("\n")
+    return version, place or None, None
 
 
 def _run(command: list[str]) -> tuple[str, str | None]:

@@ -6,7 +6,7 @@ May import everything below the hook, the agent and the command line.
 
 from __future__ import annotations
 
-from kvmi_libvirt.introspect.changing import change_vm, lower_vm
+from kvmi_libvirt.introspect.changing import change_vm, follow_policy, lower_vm
 from kvmi_libvirt.introspect.hooking import (
     ALREADY_HOOKED,
     OnHooked,
@@ -15,13 +15,14 @@ from kvmi_libvirt.introspect.hooking import (
     record_failure,
 )
 from kvmi_libvirt.introspect.probing import SESSION_S, probe_revision
-from kvmi_libvirt.introspect.records import abi_of, is_same_process
+from kvmi_libvirt.introspect.records import OVERTAKEN, abi_of, is_same_process
 from kvmi_libvirt.introspect.seeing import (
     channel_is_open,
     interrupted,
     look_at,
     process_runs,
     public_fields,
+    unwatched_vcpus,
     verified,
 )
 from kvmi_libvirt.introspect.unhooking import (
@@ -34,6 +35,7 @@ from kvmi_libvirt.introspect.unhooking import (
 
 __all__ = [
     "ALREADY_HOOKED",
+    "OVERTAKEN",
     "SESSION_S",
     "OnHooked",
     "abi_of",
@@ -42,6 +44,7 @@ __all__ = [
     "channel_is_open",
     "clean_up",
     "ensure_hooked",
+    "follow_policy",
     "hook_vm",
     "interrupted",
     "is_same_process",
@@ -54,5 +57,6 @@ __all__ = [
     "take_leave",
     "unhook_unrecorded",
     "unhook_vm",
+    "unwatched_vcpus",
     "verified",
 ]

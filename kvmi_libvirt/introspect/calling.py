@@ -9,7 +9,7 @@ import logging
 import socket
 import time
 import uuid as uuid_module
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvmi_libvirt.abi.kvmi import KvmiAbi
 from kvmi_libvirt.errors import (
@@ -19,6 +19,7 @@ from kvmi_libvirt.errors import (
 from kvmi_libvirt.policy.model import Policy
 from kvmi_libvirt.policy.secret import read_secret
 from kvmi_libvirt.qemu.layout import highest_ram_end
+from kvmi_libvirt.qemu.network import current_network, network_of
 from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.tool.connect import (
     check_channel,
@@ -39,11 +40,25 @@ logger = logging.getLogger(__name__)
 _SEND_TIMEOUT_S: Final = 10
 
 
+class Channel(NamedTuple):
+    """A tool that was called and is proven.
+
+    Parameters
+        sock     connected to it
+        network  inode of the network namespace in which that was made
+    """
+
+    sock: socket.socket
+    network: int
+
+
 @contextlib.contextmanager
 def tool_channel(
     process: Process, domain: Domain, policy: Policy, abi: KvmiAbi
-) -> Iterator[socket.socket]:
+) -> Iterator[Channel]:
     """Call the tool of *policy*, shake hands, and keep the channel open for the block.
+
+    It is called from QEMU's network namespace, whoever we are, if we may go there.
 
     Raises
         HandshakeError  it is not there, does not answer as it must, or does not know the
@@ -58,7 +73,10 @@ def tool_channel(
         name=domain.name,
         max_gpa=highest_ram_end(domain.machine, domain.memory_bytes),
     )
-    with connect(policy.source, deadline=deadline) as sock:
+    with contextlib.ExitStack() as stack:
+        with _network(process):
+            sock = stack.enter_context(connect(policy.source, deadline=deadline))
+            network = current_network()
         answer = shake_hands(sock, pack_hello(abi, hello), deadline=deadline)
         if secret is not None:
             _require_secret(sock, answer, secret, policy, domain)
@@ -68,7 +86,18 @@ def tool_channel(
         check_channel(sock)
         if time.monotonic() > deadline:
             raise HandshakeTimeout(f"no handshake within {policy.handshake_timeout_s:g} s")
-        yield sock
+        yield Channel(sock, network)
+
+
+@contextlib.contextmanager
+def _network(process: Process) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(network_of(process.pid))
+        except OSError as error:
+            # From here then: what is in the file system is reached from anywhere.
+            logger.debug("not in the network namespace of process %d: %s", process.pid, error)
+        yield
 
 
 def _require_secret(
@@ -79,6 +108,6 @@ def _require_secret(
     peer = peer_credentials(sock)
     who = f"process {peer.pid} of uid {peer.uid}" if peer is not None else "its end"
     where = policy.source.describe()
-    text = f"the tool at {where} ({who}) does not know the secret '{policy.secret}'"
+    text = f"the tool does not know the secret '{policy.secret}' ({where}; {who})"
     logger.warning("domain %s (%s): %s", domain.name, domain.uuid, text)
     raise HandshakeRefused(text)

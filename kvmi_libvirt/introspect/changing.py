@@ -7,12 +7,13 @@ import dataclasses
 import logging
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import session, worker
 from kvmi_libvirt import state as st
 from kvmi_libvirt.errors import (
     ExitCode,
+    PlanError,
     SessionError,
 )
 from kvmi_libvirt.introspect.hooking import _kept
@@ -46,6 +47,37 @@ if TYPE_CHECKING:
     from kvmi_libvirt.state import StateDir, VmState
 
 logger = logging.getLogger(__name__)
+
+OTHER_TOOL: Final = "OtherTool"
+NOT_PROVEN: Final = "NotProven"
+"""SessionError.kind when a policy is for another tool than the one that is there."""
+
+
+def follow_policy(
+    process: Process,
+    uuid: str,
+    policy: Policy,
+    *,
+    state: StateDir,
+    keeps_adjusted: bool = False,
+    ceiling: Ceiling | None = None,
+) -> VmState:
+    """Do :func:`change_vm`, and where that cannot be, take away what *policy* does not allow.
+
+    So a policy that is only good for taking away is good for that. What it is raised for
+    is raised all the same.
+    """
+    try:
+        return change_vm(
+            process, uuid, policy, state=state, keeps_adjusted=keeps_adjusted, ceiling=ceiling
+        )
+    except PlanError:
+        lower_vm(process, uuid, policy, state=state)
+        raise
+    except SessionError as error:
+        if error.kind in (OTHER_TOOL, NOT_PROVEN):
+            lower_vm(process, uuid, policy, state=state)
+        raise
 
 
 def change_vm(
@@ -102,6 +134,7 @@ def change_vm(
             raise SessionError(
                 f"the policy names the tool at {policy.source.describe()}, but domain "
                 f"'{recorded.domain}' is hooked by {recorded.source}; unhook it, then hook it",
+                kind=OTHER_TOOL,
                 exit_code=ExitCode.FAILED,
             )
         _require_proven(recorded, policy)
@@ -147,7 +180,11 @@ def change_vm(
         if failure is not None:
             raise failure
         if plan.steps:
-            logger.info("domain %s: rights changed, %d steps", record.domain, len(plan.steps))
+            logger.info(
+                "domain %s: rights changed, %d steps",
+                *(record.domain, len(plan.steps)),
+                extra={"event": "changed"},
+            )
         return record
 
 
@@ -193,5 +230,6 @@ def _require_proven(recorded: VmState, policy: Policy) -> None:
     raise SessionError(
         f"the policy asks for the secret '{policy.secret}', but the tool of domain "
         f"'{recorded.domain}' was asked for {proven} when it was hooked; unhook it, then hook it",
+        kind=NOT_PROVEN,
         exit_code=ExitCode.FAILED,
     )

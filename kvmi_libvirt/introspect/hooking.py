@@ -26,13 +26,14 @@ from kvmi_libvirt.errors import (
     StateError,
     TargetUnsuitable,
 )
-from kvmi_libvirt.introspect.calling import tool_channel
+from kvmi_libvirt.introspect.calling import Channel, tool_channel
 from kvmi_libvirt.introspect.probing import SESSION_S, probe_revision, tell_what_is_left_out
 from kvmi_libvirt.introspect.records import (
     LOCK_S,
     is_same_process,
     load_record,
     new_record,
+    require_still,
     with_grants,
 )
 from kvmi_libvirt.introspect.seeing import channel_is_open
@@ -73,6 +74,7 @@ def hook_vm(
     allow_standin: bool = False,
     keeps_adjusted: bool = False,
     ceiling: Ceiling | None = None,
+    still: Callable[[VmState | None], bool] | None = None,
     on_hooked: OnHooked | None = None,
 ) -> VmState:
     """Hook the VM in *process* with exactly the rights of *policy*; record the result.
@@ -86,14 +88,18 @@ def hook_vm(
         allow_standin  also serve a stand-in VM process without KVM
         keeps_adjusted what was changed by hand on top of this very policy is kept
         ceiling        what is kept may not go above it
+        still          asked with what is recorded when nobody else may change it any more,
+                       whether that is what was decided on
         on_hooked      called with the record, what the session did, and our copy of the
                        channel, which is closed afterwards
     Returns
         the recorded state, "hooked"
     Raises
-        KvmiLibvirtError  recorded as "failed", except when the VM is hooked already
+        KvmiLibvirtError  recorded as "failed", except when the VM is hooked already, or
+                          *still* says no
     """
     with state.locked(domain.uuid, deadline=time.monotonic() + LOCK_S):
+        require_still(process, domain.uuid, state, still)
         dead = _require_unhooked(process, domain, state)
         adjusted = _kept(process, domain.uuid, policy, state) if keeps_adjusted else ()
         try:
@@ -101,12 +107,14 @@ def hook_vm(
             take_off_leftovers(process, domain.uuid, fds, state)
             dead = None
             effective = adjust(policy, adjusted, ceiling)
-            with _tool_channel_of(process, domain, effective, fds) as (abi, sock):
+            with _tool_channel_of(process, domain, effective, fds) as (abi, channel):
+                sock = channel.sock
                 plan = make_plan(effective, abi, None)
                 report = _hook_locked(process, domain, plan, fds, sock, state)
                 record = dataclasses.replace(
                     new_record(process, domain, policy, state=st.HOOKED, abi=abi.name),
                     socket_inode=os.fstat(sock.fileno()).st_ino,
+                    network=channel.network,
                     vcpus=fds.vcpu_count,
                     adjusted=adjusted,
                 )
@@ -122,7 +130,12 @@ def hook_vm(
                 adjusted=adjusted,
             )
             if dead is not None:  # its hook is still on, and must come off next time
-                record = dataclasses.replace(record, abi=dead.abi, socket_inode=dead.socket_inode)
+                record = dataclasses.replace(
+                    record,
+                    abi=dead.abi,
+                    socket_inode=dead.socket_inode,
+                    network=dead.network,
+                )
             with contextlib.suppress(StateError):
                 state.save(record)
             raise
@@ -225,13 +238,13 @@ def _kept(process: Process, uuid: str, policy: Policy, state: StateDir) -> tuple
 @contextlib.contextmanager
 def _tool_channel_of(
     process: Process, domain: Domain, policy: Policy, fds: VmFds
-) -> Iterator[tuple[KvmiAbi, socket.socket]]:
+) -> Iterator[tuple[KvmiAbi, Channel]]:
     # What the kernel cannot do is found before the tool is called.
     abi = probe_revision(process, fds, pin=policy.kernel_abi)
     make_plan(policy, abi, None)
     tell_what_is_left_out(domain.name, policy, abi)
-    with tool_channel(process, domain, policy, abi) as sock:
-        yield abi, sock
+    with tool_channel(process, domain, policy, abi) as channel:
+        yield abi, channel
 
 
 def _hook_locked(
@@ -282,6 +295,7 @@ def _tell_hooked(record: VmState, report: session.Report) -> None:
     logger.info(
         "domain %s (%s): hooked, %d steps, main thread held %d us, %d us from HOOK to last grant",
         *(record.domain, record.uuid, len(report.applied), report.stall_us, report.gap_us),
+        extra={"event": "hooked"},
     )
 
 

@@ -13,6 +13,7 @@ from kvmi_libvirt.abi import revisions
 from kvmi_libvirt.abi.kvmi import KvmiAbi
 from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.errors import (
+    SessionError,
     StateError,
 )
 from kvmi_libvirt.plan import (
@@ -26,6 +27,8 @@ from kvmi_libvirt.policy.model import Policy
 from kvmi_libvirt.qemu.process import Process
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmi_libvirt.policy.element import Domain
     from kvmi_libvirt.state import StateDir, VmState
 
@@ -57,6 +60,27 @@ def abi_of(recorded: VmState) -> KvmiAbi:
 def is_same_process(recorded: VmState, process: Process) -> bool:
     """Say whether *recorded* is about this very process, not an earlier one."""
     return (recorded.pid, recorded.start_ticks) == (process.pid, process.start_ticks)
+
+
+OVERTAKEN: Final = "Overtaken"
+"""SessionError.kind when what was decided on is not so any more; nothing was touched."""
+
+
+def require_still(
+    process: Process, uuid: str, state: StateDir, still: Callable[[VmState | None], bool] | None
+) -> None:
+    """Ask *still* whether what is recorded now is what was decided on. Hold the VM's lock.
+
+    Raises
+        SessionError  of kind OVERTAKEN: it is not
+    """
+    if still is None:
+        return
+    recorded = load_record(state, uuid)
+    if recorded is not None and not is_same_process(recorded, process):
+        recorded = None
+    if not still(recorded):
+        raise SessionError("somebody else changed the VM meanwhile", kind=OVERTAKEN)
 
 
 def new_record(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from typing import TYPE_CHECKING, Final
@@ -15,6 +16,7 @@ from kvmi_libvirt.errors import (
 )
 from kvmi_libvirt.introspect.records import is_same_process
 from kvmi_libvirt.newtypes import Pid
+from kvmi_libvirt.qemu.network import current_network, network_of
 from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.sockdiag import (
     tcp_stream_is_connected,
@@ -23,6 +25,8 @@ from kvmi_libvirt.sockdiag import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvmi_libvirt.state import StateDir, VmState
 
 logger = logging.getLogger(__name__)
@@ -49,21 +53,41 @@ def look_at(recorded: VmState) -> VmState | None:
 def channel_is_open(recorded: VmState) -> bool:
     """Say whether the tool of a hooked VM is still there.
 
-    KVM's ioctls keep succeeding after the tool is gone, so the socket is asked.
+    KVM's ioctls keep succeeding after the tool is gone, so the socket is asked, in the
+    network namespace in which it was made: in any other there is none of that number.
 
     Raises
-        StateError  the kernel cannot tell for sockets of that kind.
+        StateError  the kernel cannot tell for sockets of that kind, or not from here.
     """
     kind = (recorded.source or "").partition(":")[0]
     ask = _ASK.get(kind, unix_stream_is_connected)
     try:
-        return ask(recorded.socket_inode)
+        with _network_of_channel(recorded):
+            return ask(recorded.socket_inode)
     except OSError as error:
         module = {"vsock": "vsock_diag", "tcp": "tcp_diag"}.get(kind, "unix_diag")
         raise StateError(
             f"cannot tell whether the channel is open: {error.strerror or error} "
             f"(is the kernel module {module} there?)"
         ) from error
+
+
+@contextlib.contextmanager
+def _network_of_channel(recorded: VmState) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            if recorded.network not in (0, current_network()):
+                stack.enter_context(network_of(Pid(recorded.pid)))
+            is_there = recorded.network in (0, current_network())
+            why = ""
+        except OSError as error:
+            is_there, why = False, f", which cannot be entered: {error.strerror}"
+        if not is_there:
+            raise StateError(
+                "cannot tell whether the channel is open: it was made in another network "
+                f"namespace (net:[{recorded.network}]){why}"
+            )
+        yield
 
 
 def is_closed(recorded: VmState) -> bool:
@@ -103,7 +127,8 @@ def verified(recorded: VmState, process: Process | None = None) -> VmState:
         return recorded
     try:
         if channel_is_open(recorded):
-            return recorded if process is None else _with_hotplug(recorded, process)
+            warning = None if process is None else unwatched_vcpus(recorded, process)
+            return recorded if warning is None else dataclasses.replace(recorded, error=warning)
     except StateError as error:
         return dataclasses.replace(recorded, error=str(error))
     return dataclasses.replace(
@@ -116,19 +141,27 @@ def verified(recorded: VmState, process: Process | None = None) -> VmState:
     )
 
 
-def _with_hotplug(recorded: VmState, process: Process) -> VmState:
+def unwatched_vcpus(recorded: VmState, process: Process | None = None) -> str | None:
+    """Return what is to be said of vCPUs that were added after a VM was hooked, None for none.
+
+    Parameters
+        process  the VM's, if it is at hand; borrowed
+    """
     try:
+        if process is None:
+            with Process(Pid(recorded.pid)) as found:
+                is_it = is_same_process(recorded, found)
+                return unwatched_vcpus(recorded, found) if is_it else None
         vcpus = process.vm_fds(allow_standin=True).vcpu_count
     except KvmiLibvirtError:
-        return recorded
+        return None
     if not recorded.vcpus or vcpus <= recorded.vcpus:
-        return recorded
-    warning = (
+        return None
+    return (
         f"{vcpus - recorded.vcpus} of its vCPUs were added after it was hooked and are not "
         "watched; a kernel with the original KVMI patches can crash when the tool leaves: "
         "shut the VM down, or keep the tool running"
     )
-    return dataclasses.replace(recorded, error=warning)
 
 
 def interrupted(left: st.Leftover, state: StateDir) -> VmState | None:

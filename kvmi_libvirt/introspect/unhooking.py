@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -18,11 +19,19 @@ from kvmi_libvirt.errors import (
     StateError,
 )
 from kvmi_libvirt.introspect.probing import SESSION_S
-from kvmi_libvirt.introspect.records import LOCK_S, abi_of, is_same_process, load_record
+from kvmi_libvirt.introspect.records import (
+    LOCK_S,
+    abi_of,
+    is_same_process,
+    load_record,
+    require_still,
+)
 from kvmi_libvirt.introspect.seeing import is_closed
 from kvmi_libvirt.qemu.process import Process
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmi_libvirt.qemu.process import VmFds
     from kvmi_libvirt.state import StateDir, VmState
 
@@ -40,6 +49,14 @@ def ask_to_leave(process: Process, recorded: VmState, *, state: StateDir) -> boo
     """
     with state.locked(recorded.uuid, deadline=time.monotonic() + LOCK_S):
         process.require_traceable()
+        if not process.ignores(signal.SIGPIPE):
+            # The kernel sends it to the thread that asks a tool which has just gone. QEMU
+            # ignores it; whatever this is, it would not live to be unhooked.
+            logger.warning(
+                "domain %s: process %d does not ignore SIGPIPE; its tool is not asked to let go",
+                *(recorded.domain, process.pid),
+            )
+            return False
         fds = process.vm_fds(allow_standin=True)
         deadline = time.monotonic() + SESSION_S
         try:
@@ -66,6 +83,7 @@ def take_leave(process: Process, recorded: VmState, *, state: StateDir) -> VmSta
     Returns
         the recorded state, "unhooked"
     """
+    _mark_leaving(process, recorded, state)
     if ask_to_leave(process, recorded, state=state):
         deadline = time.monotonic() + recorded.unhook_s
         # The channel is the kernel's alone: there is nothing to wait on, only to ask.
@@ -74,16 +92,32 @@ def take_leave(process: Process, recorded: VmState, *, state: StateDir) -> VmSta
     return unhook_vm(process, recorded, state=state)
 
 
-def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmState:
+def _mark_leaving(process: Process, recorded: VmState, state: StateDir) -> None:
+    # So that an agent that sees the tool go does not call it again.
+    with state.locked(recorded.uuid, deadline=time.monotonic() + LOCK_S):
+        now = load_record(state, recorded.uuid)
+        if now is not None and is_same_process(now, process) and now.socket_inode:
+            state.save(dataclasses.replace(now, leaving=True))
+
+
+def unhook_vm(
+    process: Process,
+    recorded: VmState,
+    *,
+    state: StateDir,
+    still: Callable[[VmState | None], bool] | None = None,
+) -> VmState:
     """Take introspection off the VM in *process* and record it.
 
     Parameters
         recorded  what ``state`` holds about the VM
+        still     as :func:`hook_vm` has it
     Raises
         SessionError  .kind "EmulatorGone": an emulated kernel has ended, and the hook with it;
                       recorded as "failed"
     """
     with state.locked(recorded.uuid, deadline=time.monotonic() + LOCK_S):
+        require_still(process, recorded.uuid, state, still)
         process.require_traceable()
         fds = process.vm_fds(allow_standin=True)
         failure: SessionError | None = None
@@ -102,6 +136,8 @@ def unhook_vm(process: Process, recorded: VmState, *, state: StateDir) -> VmStat
             since=st.now_text(),
             error=None if failure is None else str(failure),
             socket_inode=0,
+            network=0,
+            leaving=False,
             all_ids=(),
             adjusted=(),
             unsure_commands=(),

@@ -1,108 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a domain demands introspection, told even where its policy cannot be read.
+"""Whom a host policy demands introspection of, when it cannot be used: by its text alone.
 
-A wrong element must not make a VM start unwatched that was to be watched, nor keep one
-from starting that only would have liked it. Imports errors, ``element``, ``model``.
+A mistake in the host's policy grants nothing to anybody. It must not end what the policy
+demands either: a VM that was never to run unwatched would start as if nothing had been
+said of it. Nothing here is ever a reason to allow something. Imports errors.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-from xml.parsers import expat
+import re
+from typing import TYPE_CHECKING, Final
 
-from kvmi_libvirt.errors import KvmiLibvirtError, PolicySyntaxError
-from kvmi_libvirt.policy.element import parse_domain
-from kvmi_libvirt.policy.model import NAMESPACE_STEM, Mode
+from kvmi_libvirt.policy.facts import plain_id
+from kvmi_libvirt.policy.limits import Match
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from kvmi_libvirt.policy.facts import Identity
 
-    from kvmi_libvirt.policy.limits import HostPolicy
-
-
-class Facts(NamedTuple):
-    """What can be said of a domain even when its element is invalid."""
-
-    uuid: str
-    modes: tuple[str | None, ...]
-    """The mode attribute of each element of ours, in any version of the namespace.
-
-    None where it is left out.
-    """
-
-
-def scan(xml: bytes) -> Facts:
-    """Return what matters of the domain XML, without judging it.
-
-    Raises
-        PolicySyntaxError  the bytes are no well-formed XML
-    """
-    modes: list[str | None] = []
-    path: list[str] = []
-    uuid: list[str] = []
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        path.append(tag)
-        namespace, _, local = tag.rpartition(" ")
-        if (
-            path[:-1] == ["domain", "metadata"]
-            and local == "introspection"
-            and namespace.startswith(NAMESPACE_STEM)
-        ):
-            modes.append(attributes.get("mode"))
-
-    def end(_tag: str) -> None:
-        path.pop()
-
-    def text(data: str) -> None:
-        if path == ["domain", "uuid"]:
-            uuid.append(data)
-
-    parser = expat.ParserCreate(namespace_separator=" ")
-    parser.StartElementHandler = start
-    parser.EndElementHandler = end
-    parser.CharacterDataHandler = text
-    try:
-        parser.Parse(xml, True)
-    except (expat.ExpatError, ValueError) as error:
-        raise PolicySyntaxError(f"the domain XML is not well-formed: {error}") from error
-    return Facts("".join(uuid).strip(), tuple(modes))
+_PREFIX: Final = r"(?:[\w.-]+:)?"
+_COMMENT: Final = re.compile(r"<!--.*?-->", re.DOTALL)
+_ASSIGN: Final = re.compile(
+    rf"<{_PREFIX}assign\b([^>]*)>(.*?)(?:</{_PREFIX}assign\s*>|\Z)", re.DOTALL
+)
+_MATCH: Final = re.compile(rf"<{_PREFIX}match\b([^>]*)")
+_ATTRIBUTE: Final = re.compile(r"""([\w-]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
+_VMID: Final = re.compile(r"[0-9]{1,9}")
+_SELECTORS: Final = frozenset(
+    {
+        *("uuid", "name", "nova-flavor", "nova-flavor-id", "nova-extra-spec", "nova-project"),
+        "proxmox-vmid",
+    }
+)
 
 
-def is_required(xml: bytes) -> bool:
-    """Say whether the domain demands introspection, even if its element is invalid.
-
-    A mode that is neither absent nor "optional" counts as a demand: whoever wrote
-    one did not mean the default.
-    """
-    try:
-        modes = scan(xml).modes
-    except PolicySyntaxError:
-        return b'mode="required"' in xml
-    return any(mode not in (None, Mode.OPTIONAL.value) for mode in modes[:1])
-
-
-def demands(xml: bytes, host: Callable[[], HostPolicy]) -> bool:
-    """Say whether introspection is demanded of the domain, by its host or by itself.
-
-    Where the host assigns a policy, its mode counts and not the element's. A host
-    policy that cannot be read demands nothing of a domain without an element.
+def is_demanded(data: bytes, who: Identity) -> bool:
+    """Say whether the first assignment that may be for *who* has a mode that demands.
 
     Parameters
-        host  reads the host's policy; may fail
+        data  what is in the place of a host policy
     """
-    try:
-        assignments = host().assignments
-    except (KvmiLibvirtError, OSError):
-        assignments = ()  # told already: it is what is being judged
-    if assignments:
-        try:
-            domain = parse_domain(xml, source="", with_policy=False)
-        except KvmiLibvirtError:
-            # Whom it is for cannot be told. A demand that may be for this one counts.
-            modes = {assigned.policy.mode for assigned in assignments}
-            return Mode.REQUIRED in modes or is_required(xml)
-        found = next((assigned for assigned in assignments if assigned.fits(domain)), None)
-        if found is not None:
-            return found.policy.mode is Mode.REQUIRED
-    return is_required(xml)
+    text = _COMMENT.sub("", data.decode("utf-8", "replace"))
+    for start, inner in _ASSIGN.findall(text):
+        if any(_may_fit(_attributes(match), who) for match in _MATCH.findall(inner)):
+            # A misspelt mode is a demand: nobody writes one to have the default.
+            return _attributes(start).get("mode", "optional") != "optional"
+    return False
+
+
+def _attributes(text: str) -> dict[str, str]:
+    return {name: double or single for name, double, single in _ATTRIBUTE.findall(text)}
+
+
+def _may_fit(selectors: dict[str, str], who: Identity) -> bool:
+    key, _, value = selectors.get("nova-extra-spec", "").partition("=")
+    project = selectors.get("nova-project")
+    vmid = _VMID.fullmatch(selectors.get("proxmox-vmid", ""))
+    known = Match(
+        uuid=selectors.get("uuid"),
+        name=selectors.get("name"),
+        nova_flavor=selectors.get("nova-flavor"),
+        nova_flavor_id=selectors.get("nova-flavor-id"),
+        nova_extra_spec=(key, value) if key else None,
+        nova_project=None if project is None else plain_id(project),
+        proxmox_vmid=None if vmid is None else int(vmid[0]),
+    )
+    # What is misspelt may have been meant to fit; what is known must.
+    return known.fits(who) or not _SELECTORS & selectors.keys()

@@ -177,6 +177,10 @@ class Process:
                     boot = int(line.split()[1])
         return boot + self.start_ticks // os.sysconf("SC_CLK_TCK")
 
+    def age_s(self, boottime_s: float) -> float:
+        """Return for how long it has run at *boottime_s*, a time of CLOCK_BOOTTIME."""
+        return boottime_s - self.start_ticks / os.sysconf("SC_CLK_TCK")
+
     def command_line(self) -> list[str]:
         """Return the arguments it was started with; undecodable bytes are escaped."""
         raw = self.read("cmdline")
@@ -374,6 +378,16 @@ class Process:
             if line.startswith(b"TracerPid:"):
                 return Pid(int(line.split()[1])) or None
         return None
+
+    def ignores(self, number: int) -> bool:
+        """Say whether the signal *number* does nothing to the process.
+
+        Source: SigIgn in proc_pid_status(5), a bit for each signal, the first for 1.
+        """
+        for line in self.read("status").splitlines():
+            if line.startswith(b"SigIgn:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+        return False
 
     def _executable_header(self) -> bytes:
         fd = self._open_entry("exe")

@@ -235,7 +235,7 @@ def _connect_once(
         sock.connect(source.path)
     except BlockingIOError as error:
         raise HandshakeTimeout(
-            f"the tool at {where} did not accept within {limit_s:.1f} s: "
+            f"the tool did not accept within {limit_s:.1f} s ({where}): "
             "its queue of connections is full"
         ) from error
     except OSError as error:
@@ -308,8 +308,8 @@ def shake_hands(sock: socket.socket, hello: bytes, *, deadline: float) -> Answer
             data = sock.recv(reader.wanted())
             if not data:
                 raise HandshakeRefused(
-                    f"{_tool(sock)} closed the connection without an answer "
-                    f"({reader.received} bytes came)"
+                    "the tool closed the connection without an answer "
+                    f"{_about(sock, f'{reader.received} bytes came')}"
                 )
             answer = reader.feed(data)
             if answer is not None:
@@ -318,12 +318,12 @@ def shake_hands(sock: socket.socket, hello: bytes, *, deadline: float) -> Answer
         raise
     except TimeoutError as error:
         raise HandshakeTimeout(
-            f"{_tool(sock)} did not answer within {max(limit_s, 0):.1f} s "
-            f"({reader.received} bytes came)"
+            f"the tool did not answer within {max(limit_s, 0):.1f} s "
+            f"{_about(sock, f'{reader.received} bytes came')}"
         ) from error
     except OSError as error:
         raise HandshakeRefused(
-            f"{_tool(sock)} closed the connection ({errno_name(error.errno or 0)})"
+            f"the tool closed the connection {_about(sock, errno_name(error.errno or 0))}"
         ) from error
     finally:
         sock.settimeout(None)
@@ -336,18 +336,23 @@ def _wait_at_most(sock: socket.socket, deadline: float) -> None:
     sock.settimeout(remaining_s)
 
 
-def _tool(sock: socket.socket) -> str:
+def _about(sock: socket.socket, detail: str) -> str:
+    # Comes after what happened, which is what must be seen where not all is shown.
+    return f"({where}; {detail})" if (where := _peer(sock)) else f"({detail})"
+
+
+def _peer(sock: socket.socket) -> str:
     try:
         name = sock.getpeername()
     except OSError:
-        return "the tool"
+        return ""
     if name and isinstance(name, str):
-        return f"the tool at unix:{name}"
+        return f"unix:{name}"
     if sock.family == socket.AF_VSOCK:
-        return f"the tool at vsock:{name[0]}:{name[1]}"
+        return f"vsock:{name[0]}:{name[1]}"
     if sock.family == socket.AF_INET6:
-        return f"the tool at tcp:[{name[0]}]:{name[1]}"
-    return f"the tool at tcp:{name[0]}:{name[1]}" if sock.family == socket.AF_INET else "the tool"
+        return f"tcp:[{name[0]}]:{name[1]}"
+    return f"tcp:{name[0]}:{name[1]}" if sock.family == socket.AF_INET else ""
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials | None:
@@ -377,7 +382,8 @@ def check_channel(sock: socket.socket) -> None:
     Source
         a real KVMI kernel, asked with every kind of socket.
     """
-    what = _tool(sock)
+    peer = _peer(sock)
+    what = f"the tool at {peer}" if peer else "the tool"
     try:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) not in _KVM_FAMILIES:
             raise HandshakeRefused("the channel is no unix, vsock or TCP socket")

@@ -28,8 +28,9 @@ from kvmi_libvirt.agent.decide import TOOL_HAS_GONE, Step
 from kvmi_libvirt.agent.jobs import Jobs, Outcome, Places
 from kvmi_libvirt.cli.rights import changed, read_names
 from kvmi_libvirt.errors import SessionError
+from kvmi_libvirt.policy.element import parse_domain
 from kvmi_libvirt.qemu import tracee
-from kvmi_libvirt.qemu.process import open_domain
+from kvmi_libvirt.qemu.process import Process, open_domain
 from kvmi_libvirt.state import StateDir
 
 if TYPE_CHECKING:
@@ -273,13 +274,32 @@ def test_a_tool_that_asked_for_it_is_told_first_and_given_its_time(desk: Desk) -
     assert desk.tool.asked(vm.uuid) == 1
     desk.has_made(vm, "PREUNHOOK")
     assert desk.allowed(vm) == {INFO, CONTROL}  # what it has to undo, it can
-    # It has had its time.
     inode = str(desk.record(vm).socket_inode)
+    # Looked at again meanwhile, it is neither asked twice nor put out.
+    meanwhile = desk.look(vm, asked=inode, has_time="yes")
+    assert (meanwhile.step, meanwhile.leaving_s) == (Step.LEAVE.value, 7)
+    assert desk.allowed(vm) == {INFO, CONTROL}
+    # It has had its time.
     end = desk.look(vm, asked=inode)
     assert (end.step, end.leaving_s) == (Step.UNHOOK.value, None)
     assert desk.tool.asked(vm.uuid) == 1
     desk.has_made(vm, "UNHOOK")
     assert desk.record(vm).state == st.UNHOOKED
+
+
+def test_a_vm_that_the_asking_could_kill_is_unhooked_without_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = desk.boot()
+    desk.look(vm, desk.element(INFO, CONTROL, events=(UNHOOK,)))
+    assert desk.tool.subscribe(vm.uuid, lets_go=False) == 0
+    # QEMU ignores SIGPIPE, which PREUNHOOK raises where the tool has just gone.
+    monkeypatch.setattr(Process, "ignores", lambda _process, number: number != signal.SIGPIPE)
+    outcome = desk.look(vm)
+    assert (outcome.leaving_s, outcome.error) == (None, None)
+    assert desk.tool.asked(vm.uuid) == 0
+    desk.has_made(vm, "UNHOOK")
+    assert "PREUNHOOK" not in desk.ioctls(vm)
 
 
 def test_a_tool_that_did_not_ask_for_it_is_not_waited_for(desk: Desk) -> None:
@@ -366,7 +386,7 @@ def test_a_deny_that_comes_while_a_look_is_on_its_way_is_not_undone(
     vm = desk.boot()
     element = desk.element(INFO, READ)
     desk.look(vm, element)
-    really = introspect.change_vm
+    really = introspect.follow_policy
 
     def late(*arguments: object, **more: object) -> VmState:
         # What was recorded has been read; the VM's lock is not held yet.
@@ -374,10 +394,55 @@ def test_a_deny_that_comes_while_a_look_is_on_its_way_is_not_undone(
         desk.by_hand(vm, READ, allow=False)
         return really(*arguments, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(introspect, "change_vm", late)
+    monkeypatch.setattr(introspect, "follow_policy", late)
     desk.look(vm, element)
     assert desk.allowed(vm) == {INFO}
     assert desk.record(vm).adjusted == (f"-{READ}",)
+
+
+@pytest.mark.parametrize("step", ["hook_vm", "unhook_vm"])
+def test_what_is_done_by_hand_while_a_look_is_on_its_way_is_not_undone(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    vm = desk.boot()
+    element = desk.element(INFO, reconnect_s=10 if step == "hook_vm" else None)
+    desk.look(vm, element)
+    desk.leave(vm)  # and so the agent is about to hook it anew, or to take the hook off
+    really = getattr(introspect, step)
+
+    def late(process: Process, *arguments: object, **more: object) -> VmState:
+        monkeypatch.undo()
+        introspect.unhook_vm(process, desk.record(vm), state=desk.state)
+        if step == "unhook_vm":
+            again = parse_domain(domain_xml(vm, element).encode(), source="by hand")
+            assert again.policy is not None
+            introspect.hook_vm(process, again, again.policy, state=desk.state)
+        return really(process, *arguments, **more)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(introspect, step, late)
+    outcome = desk.look(vm, element)
+    assert outcome.error is None
+    is_hooked = step == "unhook_vm"
+    assert desk.record(vm).state == (st.HOOKED if is_hooked else st.UNHOOKED)
+    assert desk.allowed(vm) == ({INFO} if is_hooked else None)
+    desk.look(vm, element)
+    assert desk.allowed(vm) == ({INFO} if is_hooked else None)
+
+
+def test_a_tool_that_was_asked_by_hand_to_let_go_is_not_called_again(desk: Desk) -> None:
+    vm = desk.boot()
+    element = desk.element(INFO, CONTROL, events=(UNHOOK,))
+    desk.look(vm, element)
+    desk.state.save(dataclasses.replace(desk.record(vm), leaving=True))
+    assert desk.look(vm, element).step == Step.CHANGE.value  # it has not gone yet
+    assert desk.record(vm).leaving
+    desk.leave(vm)
+    # Whoever asked it may have been killed meanwhile.
+    assert desk.look(vm, element).step == Step.UNHOOK.value
+    desk.has_made(vm, "UNHOOK")
+    assert (desk.record(vm).state, desk.record(vm).leaving) == (st.UNHOOKED, False)
+    assert desk.look(vm, element).step == Step.NOTHING.value
+    assert desk.look(vm, desk.element(READ)).step == Step.HOOK.value
 
 
 def test_what_was_allowed_by_hand_does_not_go_above_the_ceiling(desk: Desk) -> None:

@@ -101,6 +101,34 @@ def test_another_user_cannot_connect(busy: Site) -> None:
         assert as_nobody(lambda path=path: connect(path)) == errno.EACCES  # type: ignore[misc]
 
 
+def ask(path: Path, request: bytes) -> None:
+    """Ask for an answer; ENODATA when there is none."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(path))
+        sock.sendall(request)
+        if not sock.recv(1):
+            raise OSError(errno.ENODATA, "no answer")
+
+
+def test_another_user_who_gets_at_the_socket_all_the_same_is_not_served(busy: Site) -> None:
+    # By a mistake of an administrator's; who connects is asked of the kernel.
+    path = busy.agent.state_dir / "agent.sock"
+    requests = (b'{"version": 1, "op": "ping"}\n', b"hook 1 2 stopped 0\nvm")
+    ask(path, requests[0])  # we are
+    path.chmod(0o666)
+    path.parent.chmod(0o711)
+    try:
+        for request in requests:
+            got = as_nobody(lambda request=request: ask(path, request))  # type: ignore[misc]
+            assert got in (errno.ENODATA, errno.EPIPE, errno.ECONNRESET)
+    finally:
+        path.parent.chmod(0o700)
+        path.chmod(0o600)
+    busy.wait_log(f"uid {NOBODY} may not talk to the agent")
+    assert busy.agent.ping()["hooked"] == 1
+
+
 def test_another_user_cannot_read_what_is_recorded(busy: Site) -> None:
     files = [*busy.agent.state_dir.iterdir()]
     assert {path.suffix for path in files} >= {".json", ".lock", ".sock"}

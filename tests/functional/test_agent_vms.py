@@ -166,6 +166,57 @@ def calls(trace: Path, vm: StandIn) -> list[str]:
     ]
 
 
+def test_a_channel_that_the_agent_ends_is_no_tool_that_went(own: Site) -> None:
+    with PatientTool(own.tool_path) as tool:
+        own.assign()
+        vms = own.boot("first", "second", "third")
+        for _ in range(5):
+            own.wait_rights(*vms)
+            write_policy(own.directory)
+            own.agent.reload()
+            own.agent.wait(lambda: own.agent.ping()["unhooked"] == 3, what="all are unhooked")
+            own.wait_rest()
+            own.assign()
+        own.wait_rights(*vms)
+        assert "kvmi_libvirt_tool_departures_total 0.0" in own.agent.metrics()
+        assert "has closed its channel" not in own.log()
+        # And one that goes while nothing is done is one.
+        tool.drop(vms[0].uuid)
+        own.wait_log("domain first: the tool has closed its channel")
+        own.wait_rights(*vms)
+
+
+def test_a_policy_that_is_back_before_the_tool_let_go_counts_at_once(
+    tmp_path: Path, programs: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    with (
+        site(tmp_path, programs, options=["--trace", str(trace)]) as host,
+        PatientTool(host.tool_path) as tool,
+    ):
+        host.assign(commands=(INFO, CONTROL), events=(UNHOOK,), unhook_s=600)
+        host.agent.start()
+        (vm,) = host.boot("vm")
+        host.wait_rights(vm, rights=(INFO, CONTROL, UNHOOK))
+        tool.subscribe(vm.uuid, lets_go=False)
+        write_policy(tmp_path)
+        host.agent.reload()
+        host.agent.wait(lambda: tool.asked(vm.uuid) == 1, what="it is asked to let go")
+        # What changes nothing about that is no reason to ask again, or not to wait.
+        host.agent.reload()
+        host.agent.wait(lambda: host.log().count("SIGHUP") == 2, what="the policy is read again")
+        host.wait_rest()
+        assert tool.asked(vm.uuid) == 1
+        made(trace, vm, "PREUNHOOK")
+        # It has ten minutes; nobody waits for them to pass.
+        host.assign(commands=(CONTROL,), events=(UNHOOK,), unhook_s=600)
+        host.wait_rights(vm, rights=(CONTROL, UNHOOK))
+        assert host.allows(tool, vm) == {CONTROL}
+        tool.drop(vm.uuid)
+        host.agent.wait(lambda: tool.connected() == [vm.uuid], what="it is called again")
+        host.wait_rights(vm, rights=(CONTROL, UNHOOK))
+
+
 def test_a_vm_that_ends_while_its_tool_is_asked_to_let_go_is_forgotten(
     host: Site, tool: PatientTool
 ) -> None:
@@ -370,6 +421,28 @@ class Manager:
             self.fds[fields["FDNAME"]] = fds[0]
         elif "FDSTOREREMOVE" in fields and fields["FDNAME"] in self.fds:
             os.close(self.fds.pop(fields["FDNAME"]))
+
+
+def test_a_service_manager_is_told_how_the_agent_is(tmp_path: Path, programs: Path) -> None:
+    address = tmp_path / "notify"
+    environment = {"NOTIFY_SOCKET": str(address), "WATCHDOG_USEC": "200000"}
+    with site(tmp_path, programs) as host, Manager(address) as manager:
+        write_policy(tmp_path)
+        host.agent.start(environment=environment)
+
+        def heard(*wanted: str) -> bool:
+            """Say whether these came, in this order; others may lie between."""
+            manager.kept()
+            said = iter([text.split("\n")[0] for text in manager.said])
+            return all(text in said for text in wanted)
+
+        served = ("READY=1", "WATCHDOG=1", "WATCHDOG=1")
+        host.agent.wait(lambda: heard(*served), what="it is ready, and lives")
+        host.agent.reload()
+        reread = (*served, "RELOADING=1", "READY=1", "WATCHDOG=1")
+        host.agent.wait(lambda: heard(*reread), what="it reads its policy again")
+        host.agent.stop()
+        assert heard(*reread, "STOPPING=1")
 
 
 def test_an_agent_whose_worker_parent_is_killed_ends_with_a_reason(own: Site) -> None:

@@ -15,11 +15,11 @@ from stand_in import UUID, Tool, running_tool, stand_in
 
 from kvmi_libvirt.cli.rights import changed, read_names
 from kvmi_libvirt.errors import HandshakeRefused, SessionError, UnsupportedByKernel
-from kvmi_libvirt.introspect import calling, change_vm, hook_vm
+from kvmi_libvirt.introspect import calling, change_vm, follow_policy, hook_vm
 from kvmi_libvirt.policy.element import Domain
 from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
 from kvmi_libvirt.policy.secret import read_secret
-from kvmi_libvirt.state import FAILED, StateDir
+from kvmi_libvirt.state import FAILED, HOOKED, StateDir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,6 +116,30 @@ def test_change_that_cannot_be_changes_nothing(tmp_path: Path, process: Process)
 
 
 @pytest.mark.usefixtures("secrets")
+@pytest.mark.parametrize("obstacle", ["kernel", "tool", "secret"])
+def test_policy_that_cannot_be_followed_takes_away_what_it_does_not_allow(
+    tmp_path: Path, process: Process, obstacle: str
+) -> None:
+    state = StateDir(tmp_path / "state")
+    with running_tool(tmp_path, b"open sesame") as tool:
+        first = policy(tool, {READ, WRITE}, {UNHOOK, TRAP})
+        hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
+        tool.told(READ, WRITE, UNHOOK, TRAP)
+        less = policy(tool, {READ, PAUSE}, {UNHOOK})
+        changed_so = {
+            "kernel": policy(tool, {READ, "KVMI_VM_GET_MAX_GFN"}, {UNHOOK}),
+            "tool": dataclasses.replace(less, source=UnixSource(path="/run/kvmi/other")),
+            "secret": dataclasses.replace(less, secret="db2"),
+        }
+        with pytest.raises((SessionError, UnsupportedByKernel)):
+            follow_policy(process, UUID, changed_so[obstacle], state=state)
+        tool.told(READ, UNHOOK)  # and nothing that it would add
+        record = state.load(UUID)
+        assert record is not None
+        assert (record.state, record.commands, record.events) == (HOOKED, (READ,), (UNHOOK,))
+
+
+@pytest.mark.usefixtures("secrets")
 def test_secret_that_the_tool_was_not_asked_for_takes_a_new_hook(
     tmp_path: Path, process: Process
 ) -> None:
@@ -157,7 +181,7 @@ def test_tool_without_the_secret_gets_nothing_and_no_trace_of_it_is_left(
     state = StateDir(tmp_path / "state")
     with running_tool(tmp_path, b"open says me") as tool:
         first = policy(tool, {READ})
-        with pytest.raises(HandshakeRefused, match=r"process \d+ of uid \d+\) does not know"):
+        with pytest.raises(HandshakeRefused, match=r"know the secret .* process \d+ of uid \d+\)"):
             hook_vm(process, domain_with(first), first, state=state, allow_standin=True)
     recorded = state.load(UUID)
     assert recorded is not None

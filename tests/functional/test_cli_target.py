@@ -14,7 +14,7 @@ from stand_in import UUID, running_tool, stand_in
 from support import wait_for_supervisor
 
 from kvmi_libvirt import libvirtio
-from kvmi_libvirt.cli import hook, live, main, progress, rights, target
+from kvmi_libvirt.cli import hook, live, main, progress, target
 from kvmi_libvirt.errors import ExitCode
 from kvmi_libvirt.policy.host import HostPolicy, parse_host_policy
 from kvmi_libvirt.policy.model import NAMESPACE
@@ -46,16 +46,23 @@ def element(directory: Path, *names: str) -> str:
     )
 
 
-def host(directory: Path, *names: str) -> HostPolicy:
-    """Return a host that allows sockets in *directory*, and assigns *names* if there are any."""
+def host(directory: Path, *names: str, ceiling: str | None = None, sockets: str = "") -> HostPolicy:
+    """Return a host that allows sockets in *directory*, and assigns *names* if there are any.
+
+    Parameters
+        ceiling  the one command that may be granted, None for no ceiling
+        sockets  where tools may listen instead
+    """
     allows = "".join(f'<allow name="{name}"/>' for name in names)
     assign = (
         f'<assign><match name="web*"/><source type="unix" path="{directory}/tool.sock"/>'
         f"<commands>{allows}</commands></assign>"
     )
+    top = f'<ceiling><commands><allow name="{ceiling}"/></commands></ceiling>' if ceiling else ""
     text = (
-        f'<host-policy xmlns="{NAMESPACE}"><sockets><unix path="{directory}/**"/></sockets>'
-        f"{assign if names else ''}</host-policy>"
+        f'<host-policy xmlns="{NAMESPACE}">'
+        f'<sockets><unix path="{sockets or directory}/**"/></sockets>'
+        f"{top}{assign if names else ''}</host-policy>"
     )
     return parse_host_policy(text.encode(), source="hp.xml")
 
@@ -82,7 +89,7 @@ class Operator:
         return contextlib.nullcontext()
 
     def on(self, some: HostPolicy) -> None:
-        for module in (hook, live, rights):
+        for module in (target, live):
             self._monkeypatch.setattr(module, "load_host_policy", lambda: some)
 
     def writes(self, text: str) -> None:
@@ -140,6 +147,29 @@ def test_every_verb_reaches_a_process_that_libvirt_does_not_run(operator: Operat
         *(f"hooking web1 for the tool at {where}", "moving web1 to its policy"),
         *(rights, rights, f"waiting for {where} to let web1 go", rights),
     ]
+
+
+@pytest.mark.ptrace
+@pytest.mark.seccomp
+def test_apply_that_is_refused_leaves_nothing_that_the_host_does_not_allow(
+    operator: Operator,
+) -> None:
+    operator.writes(xml(element(operator.directory, READ, WRITE)))
+    with stand_in() as process, running_tool(operator.directory) as tool:
+        with_xml = ("--pid", process.pid, "--xml", operator.file)
+        assert operator.in_force("hook", *with_xml) == [READ, WRITE]
+        tool.told(READ, WRITE)
+
+        operator.on(host(operator.directory, ceiling=READ))
+        operator.types("apply", *with_xml, code=3)
+        assert "ceiling" in operator.err
+        tool.told(READ)
+
+        operator.writes(xml(BROKEN))
+        operator.types("apply", *with_xml, code=3)
+        operator.on(host(operator.directory, sockets="/run/elsewhere"))
+        operator.types("apply", *with_xml, code=3)
+        assert operator.state.all()[0].state == "unhooked"
 
 
 @pytest.mark.ptrace

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmi_libvirt import daemons
+from kvmi_libvirt.doctor import look_agent
 from kvmi_libvirt.doctor.look_agent import AGENT_SOCKET, look_at_agent
 
 if TYPE_CHECKING:
@@ -138,3 +140,16 @@ def test_an_agent_that_is_to_be_started_with_the_host(tmp_path: Path, kind: str)
 
     found = look_at_agent(path, units=tmp_path)
     assert (found.is_enabled, found.access, found.problem) == (True, None, None)
+
+
+@pytest.mark.parametrize("booted", [True, False])
+def test_what_systemd_does_not_start_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, booted: bool
+) -> None:
+    link = tmp_path / "multi-user.target.wants" / "kvmi-libvirt-agent.service"
+    link.parent.mkdir()
+    link.write_bytes(b"")
+    monkeypatch.setattr(look_agent, "_UNITS", tmp_path)
+    monkeypatch.setattr(daemons, "is_booted_with_systemd", lambda: booted)
+
+    assert look_at_agent(tmp_path / "agent.sock").is_enabled is booted

@@ -608,7 +608,8 @@ def test_a_bad_policy_is_refused_with_its_line_or_logged(whole: Helper) -> None:
     code, text = verdict(call(whole.script, "prepare", whole_domain("required", body="")))
     assert code == 1
     assert re.fullmatch(
-        r".* \(XML of domain 'db1':1\); domain 'db1' requires introspection \(kvmi-libvirt\)\n",
+        r".* \(XML of domain 'db1':1\); domain 'db1' requires introspection; "
+        r"next: kvmi-libvirt doctor db1\n",
         text,
     )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -46,6 +47,44 @@ POLICY = (
 COMMAND = "/opt/kvmi-libvirt/bin/kvmi-libvirt"
 
 
+# No systemd runs there. This stands in for systemctl(1), so that the role's own calls of
+# it are seen: it knows the units that are installed, and notes what it is told.
+SYSTEMCTL = """#!/bin/sh
+state=/run/systemctl
+mkdir -p $state
+echo "$*" >>$state/calls
+verb=$1
+unit=${2:-}
+file=/etc/systemd/system/$unit
+case $verb in
+cat | show | is-enabled | is-active | enable | disable | start | stop | restart | reload)
+	if ! [ -f "$file" ]; then
+		[ $verb != show ] || printf 'Id=%s\\nLoadState=not-found\\nActiveState=inactive\\n' "$unit"
+		exit $([ $verb = show ] && echo 0 || echo 1)
+	fi
+	;;
+esac
+case $verb in
+cat) cat "$file" ;;
+show)
+	active=inactive
+	[ ! -e $state/active ] || active=active
+	printf 'Id=%s\\nLoadState=loaded\\nActiveState=%s\\nFragmentPath=%s\\n' "$unit" $active "$file"
+	;;
+is-enabled) [ -e $state/enabled ] && echo enabled || { echo disabled; exit 1; } ;;
+is-active) [ -e $state/active ] && echo active || { echo inactive; exit 3; } ;;
+enable) touch $state/enabled ;;
+disable) rm -f $state/enabled ;;
+start | restart) touch $state/active ;;
+stop) rm -f $state/active ;;
+daemon-reload | reload | list-unit-files) ;;
+*) exit 1 ;;
+esac
+"""
+CHANGING = {"daemon-reload", "enable", "disable", "start", "stop", "restart", "reload"}
+AGENT = "kvmi-libvirt-agent.service"
+
+
 class Fleet:
     """Runs playbooks on one host, or on several names of it."""
 
@@ -83,12 +122,39 @@ class Fleet:
             *("env", f"HOME={self.directory}", "LC_ALL=C.UTF-8", "ANSIBLE_NOCOLOR=1"),
             *("ANSIBLE_DEPRECATION_WARNINGS=0", "ANSIBLE_DISPLAY_SKIPPED_HOSTS=0"),
             "ANSIBLE_PIPELINING=1",
-            *(f"ANSIBLE_ROLES_PATH={ROLE / 'roles'}", f"PATH={BIN}:/usr/sbin:/usr/bin:/sbin:/bin"),
+            *(
+                f"ANSIBLE_ROLES_PATH={ROLE / 'roles'}",
+                f"PATH={BIN}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            ),
             *(BIN / "ansible-playbook", "-i", inventory, "-e", f"@{extra}"),
             *options,
             ROLE / playbook,
             timeout_s=300,
         )
+
+    @contextlib.contextmanager
+    def systemd(self) -> Iterator[None]:
+        """Have what makes Ansible take the host for one of systemd's, for the block."""
+        comm = self.machine.path("/run/comm")
+        comm.write_text("systemd\n")
+        program = self.machine.path("/usr/local/bin/systemctl")
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(SYSTEMCTL)
+        program.chmod(0o755)
+        mounted = self.machine.run("mount", "--bind", "/run/comm", "/proc/1/comm")
+        assert mounted.returncode == 0, mounted.stderr
+        try:
+            yield
+        finally:
+            self.machine.run("umount", "/proc/1/comm")
+            program.unlink()
+
+    def told(self) -> list[str]:
+        """Return what systemctl was told to do since the last time, without questions."""
+        calls = self.machine.path("/run/systemctl/calls")
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        calls.unlink(missing_ok=True)
+        return [line for line in lines if line.split()[0] in CHANGING]
 
 
 def counts(result: subprocess.CompletedProcess[str], name: str = "one") -> dict[str, int]:
@@ -141,6 +207,10 @@ def test_check_mode_on_a_bare_host_fails_nowhere_and_changes_nothing(bare: Fleet
     assert not bare.machine.path("/etc/kvmi-libvirt/secrets").exists()
     assert not bare.machine.path(COMMAND).exists()
     assert not bare.machine.path("/etc/libvirt/hooks").exists()
+
+    with bare.systemd():
+        assert changed(bare.play("--check", "--diff")) > 0
+        assert bare.told() == []
 
 
 def test_the_second_run_changes_nothing(fleet: Fleet) -> None:
@@ -225,21 +295,46 @@ def test_a_rolling_run_reaches_every_host(fleet: Fleet) -> None:
     ] * 2
 
 
-def test_a_host_without_doctor_is_checked_instead(fleet: Fleet) -> None:
-    stub = fleet.machine.path("/opt/without-doctor")
-    stub.write_text(
-        f'#!/bin/sh\n[ "$1" != doctor ] || {{ echo "invalid choice" >&2; exit 2; }}\n'
-        f'exec {COMMAND} "$@"\n'
-    )
-    stub.chmod(0o755)
-    variables: dict[str, Any] = {
-        "kvmi_libvirt_verify_by": "doctor",
-        "kvmi_libvirt_command": "/opt/without-doctor",
-    }
+def test_where_systemd_is_the_agent_runs_and_hears_of_changes(fleet: Fleet) -> None:
+    with fleet.systemd():
+        assert changed(fleet.play("--check")) == 1  # it would be started
+        assert fleet.told() == []
+        fleet.play()
+        assert fleet.told() == ["daemon-reload", f"enable {AGENT}", f"start {AGENT}"]
+        assert changed(fleet.play()) == 0
+        assert fleet.told() == ["daemon-reload"]
 
-    assert changed(fleet.play(**variables)) == 0
-    demanded = fleet.play(**variables, kvmi_libvirt_without_doctor="fail")
-    assert counts(demanded)["failed"] == 1
+        # A policy is read again, the settings and another version take a new start.
+        wider = POLICY.replace("kvmi-test-*", "kvmi-*")
+        assert changed(fleet.play(kvmi_libvirt_host_policy=wider)) == 2
+        assert fleet.told() == ["daemon-reload", f"reload {AGENT}"]
+        assert changed(fleet.play(kvmi_libvirt_agent_settings={"log-level": "debug"})) == 4
+        assert fleet.told() == ["daemon-reload", f"reload {AGENT}", f"restart {AGENT}"]
+        removed = fleet.machine.run(
+            *(Path(COMMAND).with_name("pip"), "uninstall", "--yes", "-q", "kvmi-libvirt")
+        )
+        assert removed.returncode == 0, removed.stderr
+        assert changed(fleet.play()) == 3  # the program, the settings, and once for both
+        assert fleet.told() == ["daemon-reload", f"restart {AGENT}"]
+
+        fleet.play(playbook="remove.yml")
+        assert fleet.told() == [f"disable {AGENT}", f"stop {AGENT}"]
+        fleet.play(playbook="remove.yml")
+        assert fleet.told() == []
+    assert changed(fleet.play()) > 0  # for the next test
+
+
+def test_doctor_has_the_last_word(fleet: Fleet) -> None:
+    assert changed(fleet.play(kvmi_libvirt_verify_by="doctor")) == 0
+    hook = fleet.machine.path("/etc/libvirt/hooks/qemu.d/broken")
+    hook.write_text("#!/no/such/program\n")
+    hook.chmod(0o755)
+    try:
+        sick = fleet.play(kvmi_libvirt_verify_by="doctor")
+    finally:
+        hook.unlink()
+    assert counts(sick)["failed"] == 1
+    assert "for leftovers that libvirt would run" in sick.stdout
 
 
 def test_proxmox_gets_its_hookscript_and_policies(fleet: Fleet) -> None:
@@ -251,10 +346,18 @@ def test_proxmox_gets_its_hookscript_and_policies(fleet: Fleet) -> None:
         "kvmi_libvirt_proxmox_policies": {"100": policy},
     }
 
-    assert changed(fleet.play(**variables)) == 3
+    del fleet.variables["kvmi_libvirt_agent_settings"]
+    assert changed(fleet.play("--check", **variables)) == 4
+    assert changed(fleet.play(**variables)) == 4  # with agent.conf
     assert changed(fleet.play(**variables)) == 0
+    assert changed(fleet.play("--check", **variables)) == 0
     assert (snippets / "kvmi-hookscript").exists()
-    assert fleet.machine.path("/etc/kvmi-libvirt/proxmox/100.xml").read_text() == policy
+    file = fleet.machine.path("/etc/kvmi-libvirt/proxmox/100.xml")
+    assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == (policy, 0o644)
+    assert "domains = proxmox\n" in fleet.machine.path("/etc/kvmi-libvirt/agent.conf").read_text()
+    variables["kvmi_libvirt_proxmox_policies"] = {}
+    assert changed(fleet.play(**variables, kvmi_libvirt_proxmox_policies_absent=["100"])) == 1
+    assert not file.exists()
 
 
 def test_removing_it_leaves_the_configuration_unless_it_is_purged(fleet: Fleet) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import host
 import pytest
+from agent_support import agent, seen
 from live_support import allowed, cli, probe, processes_with
 from support import wait_until
-from test_agent import agent, seen
 from test_openstack import COMMANDS, FLAVOR, NEW, nova_xml, policy
 from two_hosts import status_of
 

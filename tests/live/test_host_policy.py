@@ -240,8 +240,9 @@ def test_tool_must_know_the_secret_which_is_never_told(vm: Vm, etc: Etc, tmp_pat
     secret.chmod(0o600)
     known.write_text("something else", encoding="ascii")
     with probe(vm.socket, "--secret", str(known)) as tool:
-        who = f"(process {tool.process.pid} of uid {os.getuid()})"
-        assert f"{who} does not know the secret '{name}'" in refused()
+        who = f"process {tool.process.pid} of uid {os.getuid()}"
+        why = f"the tool does not know the secret '{name}' (unix:{vm.socket}; {who})"
+        assert why in refused()
     known.write_text(SECRET, encoding="ascii")
     with probe(vm.socket, "--secret", str(known)) as tool:
         vm.must_start()

@@ -40,10 +40,10 @@ PROJECT = 'nova-project="b1d2c3e4-f5a6-47b8-a9c0-d1e2f3a4b5c6"'
 FAULT_MAX_BYTES = 255  # instance_faults.message, cut by nova.compute.utils.exception_to_dict
 
 
-def policy(vm: Vm, selector: str, *, mode: str = "required", extra: str = "") -> str:
-    return f"""<host-policy xmlns="{NAMESPACE}">{extra}
-  <assign mode="{mode}"><match {selector}/>
-    <source type="unix" path="{vm.socket}"/>
+def policy(vm: Vm, selector: str, *, attributes: str = "", inner: str = "") -> str:
+    return f"""<host-policy xmlns="{NAMESPACE}">
+  <assign mode="required" {attributes}><match {selector}/>
+    <source type="unix" path="{vm.socket}"/>{inner}
     <commands><allow name="VM_GET_INFO"/><allow name="VM_READ_PHYSICAL"/></commands>
   </assign>
 </host-policy>"""
@@ -78,6 +78,12 @@ class Nova:
         domain.resume()
         return domain
 
+    def start(self, xml: str) -> Any:
+        """Guest.create, launch(pause=False): where neutron's events are not waited for."""
+        domain = self.connection.defineXML(xml)
+        domain.createWithFlags(0)
+        return domain
+
     def refusal(self, xml: str) -> str:
         """Return the text of the exception with which spawn ends."""
         import libvirt
@@ -89,10 +95,14 @@ class Nova:
         pytest.fail("the instance started")
 
     def hard_reboot(self, domain: Any, xml: str) -> Any:
-        """_hard_reboot: destroy, undefine, and all of it again from the database."""
+        """_hard_reboot, and finish_migration: all of it again, from the database, not paused."""
+        import libvirt
+
         domain.destroy()
-        domain.undefineFlags(0)
-        return self.spawn(xml)
+        domain.undefineFlags(
+            libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+        )
+        return self.start(xml)
 
 
 @pytest.fixture
@@ -142,14 +152,22 @@ def test_no_instance_that_the_operator_did_not_choose_is_hooked(
         assert vm.trace(vm.pid()) == []
 
 
+def as_shown(vm: Vm, error: str) -> str:
+    """Return libvirt's *error* as where libvirtd is systemd's, for nova's shortest name."""
+    told = re.sub(r"PATH=\S+", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", error)
+    return re.sub(rf" {vm.name} (\w+) begin", r" instance-0000000a \1 begin", told)
+
+
+def fault(error: str) -> str:
+    """Return what nova keeps of *error* for the tenant."""
+    return error.encode()[:FAULT_MAX_BYTES].decode()
+
+
 def test_a_veto_tells_the_tenant_why(vm: Vm, nova: Nova) -> None:
     with host.host_policy(policy(vm, FLAVOR)):
-        error = nova.refusal(nova_xml(vm, NEW, "flavor"))
+        told = as_shown(vm, nova.refusal(nova_xml(vm, NEW, "flavor")))
 
-    # As on a host where systemd has set libvirtd's PATH, and with nova's shortest names.
-    told = re.sub(r"PATH=\S+", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", error)
-    told = told.replace(f" {vm.name} started", " instance-0000000a started")
-    assert told.encode()[:FAULT_MAX_BYTES].decode().endswith(": no tool listens on unix:/ru")
+    assert fault(told).endswith(": no tool listens on unix:/ru")
     assert "\n" not in told.rstrip("\n")
     assert f"domain '{vm.name}' requires introspection" in told
     assert vm.state() == "shut off"  # nova undefines it itself
@@ -166,13 +184,45 @@ def test_a_veto_tells_the_tenant_why(vm: Vm, nova: Nova) -> None:
             timeout=60,
         )
         messages = json.loads(done.stdout)
-        assert messages["build"] == told.encode()[:FAULT_MAX_BYTES].decode()
+        assert messages["build"] == fault(told)
         assert "Hook script execution failed" in messages["build-retried"]
         assert messages["action"] == "libvirtError"
 
 
-def test_a_hard_reboot_hooks_again_though_a_hand_edit_is_lost(vm: Vm, nova: Nova) -> None:
-    with host.host_policy(policy(vm, FLAVOR)), probe(vm.socket) as tool:
+CEILING = "<ceiling><commands><allow name='VM_GET_INFO'/></commands></ceiling>"
+V7_LACKS = "<commands><allow name='VM_CONTROL_CLEANUP'/></commands>"
+
+
+@pytest.mark.parametrize(
+    ("why", "change", "tool"),
+    [
+        ("the tool did not answer ", ("", ""), host.Tool.SILENT),
+        ("the tool closed the ", ("", ""), host.Tool.CLOSES),
+        ("there is no such secret; ", ("<commands>", "<secret name='x'/><commands>"), None),
+        ("KVMI_VM_READ_PHYSICAL is a", ("<assign", f"{CEILING}<assign"), None),
+        ('path="/tmp/x.sock" is not ', ("/run/kvmi/.*sock", "/tmp/x.sock"), None),
+        ('unknown command "VM_GET_INF', ("VM_GET_INFO", "VM_GET_INFOS"), None),
+    ],
+)
+def test_the_reason_is_within_what_a_fault_message_shows(
+    vm: Vm, nova: Nova, why: str, change: tuple[str, str], tool: host.Tool | None
+) -> None:
+    text = re.sub(*change, policy(vm, FLAVOR))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(host.host_policy(text))
+        if tool is not None:
+            stack.enter_context(host.bad_tool(vm.socket, tool))
+        told = as_shown(vm, nova.refusal(nova_xml(vm, NEW, "flavor")))
+
+    assert why in fault(told)
+
+
+@pytest.mark.parametrize("attributes", ["", 'early="yes"'])
+def test_a_hard_reboot_hooks_again_though_a_hand_edit_is_lost(
+    vm: Vm, nova: Nova, attributes: str
+) -> None:
+    text = policy(vm, FLAVOR, attributes=attributes)
+    with host.host_policy(text), probe(vm.socket) as tool:
         domain = nova.spawn(nova_xml(vm, OLD, "flavor"))
         tool.result()
         first = vm.pid()

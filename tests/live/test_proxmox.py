@@ -21,18 +21,26 @@ from typing import TYPE_CHECKING
 
 import host
 import pytest
+from agent_rig import RunningAgent
 from live_support import BIN, NAMESPACE, allowed, cli, probe
+from patient_tool import PatientTool
 from support import wait_until
 
 from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED
+from kvmi_libvirt.agent.jobs import Jobs
+from kvmi_libvirt.agent.jobs import Places as JobPlaces
+from kvmi_libvirt.agent.managers import Proxmox
 from kvmi_libvirt.errors import UnsupportedByKernel
 from kvmi_libvirt.kernel import running_abi
+from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.proxmox import Hookscript, Phase
 from kvmi_libvirt.proxmoxfiles import Places
 from kvmi_libvirt.qmp import Monitor
+from kvmi_libvirt.state import STATE_DIR, StateDir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
     from two_hosts import SecondHost
 
@@ -310,6 +318,48 @@ def test_a_vm_that_others_have_paused_stays_paused(
         assert machine.run_state() == "prelaunch", why
 
 
+def test_a_frozen_vm_without_policy_stays_frozen_and_that_is_told(machine: Machine) -> None:
+    machine.configure("freeze: 1")
+    machine.start_qemu("-S")
+
+    after = machine.hook("post-start")
+
+    assert after.returncode == 0
+    assert f"frozen as its configuration says: qm resume {VMID}" in after.stdout
+    assert machine.run_state() == "prelaunch"
+
+
+def test_a_vm_that_was_left_frozen_is_resumed_by_the_phase_run_again(machine: Machine) -> None:
+    machine.configure("freeze: 1", "lock: backup")
+    cluster_file(f"{VMID}.xml", machine.element())
+    with probe(machine.socket):
+        machine.start_qemu("-S")
+        assert machine.hook("post-start").returncode == 0
+        machine.configure("freeze: 1")
+
+        again = machine.hook("post-start")
+
+        assert "hooked already before its first instruction, by unix:" in again.stdout
+        assert machine.run_state() == "running"
+
+
+@pytest.mark.parametrize("mode", ["required", "optional"])
+def test_early_takes_a_frozen_start(machine: Machine, mode: str) -> None:
+    early = machine.element(mode).replace(" mode=", " early='yes' mode=")
+    cluster_file(f"{VMID}.xml", early)
+    with probe(machine.socket) as tool:
+        before = machine.hook("pre-start")
+        assert before.returncode == (1 if mode == "required" else 0)
+        assert f"qm set {VMID} --freeze 1" in before.stdout
+
+        machine.configure("freeze: 1")
+        before = machine.hook("pre-start")
+        assert (before.returncode, before.stdout) == (0, "")
+        machine.start_qemu("-S")
+        assert "before its first instruction" in machine.hook("post-start").stdout
+        tool.result()
+
+
 def test_required_and_no_tool_is_refused_before_the_start(machine: Machine) -> None:
     cluster_file(f"{VMID}.xml", machine.element())
 
@@ -446,8 +496,12 @@ def test_two_vms_with_one_smbios_uuid_are_told_apart(machine: Machine) -> None:
             machine.start_qemu()
             assert machine.hook("post-start").returncode == 0
             tool.result()
+            assert twin.hook("pre-start").stdout == ""  # its configuration does not tell
+            twin.configure(f"smbios1: uuid={twin.uuid.upper()}")
+            before = twin.hook("pre-start")
+            assert before.returncode == 0
+            assert f"warning: VM {VMID} has the same SMBIOS UUID" in before.stdout
             twin.start_qemu()
-
             after = twin.hook("post-start")
 
             assert f"VM {VMID} has the same SMBIOS UUID" in after.stdout
@@ -484,18 +538,21 @@ def run(script: Path, phase: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("by", ["file", "assignment"])
+@pytest.mark.parametrize("quote", ["'", '"'])
+@pytest.mark.parametrize("by", ["file", "proxmox-vmid='9100'", "name='91*'"])
 def test_without_the_package_the_script_alone_refuses_what_demands(
-    machine: Machine, broken_script: Path, by: str
+    machine: Machine, broken_script: Path, by: str, quote: str
 ) -> None:
     if by == "file":
-        cluster_file(f"{VMID}.xml", machine.element().replace("'", '"'))
+        cluster_file(f"{VMID}.xml", machine.element().replace("'", quote))
     else:
-        cluster_file(
-            "host-policy.xml",
-            f'<host-policy xmlns="{NAMESPACE}"><assign mode="required"><match '
-            f'proxmox-vmid="{VMID}"/></assign></host-policy>',
+        policy = (
+            f"<host-policy xmlns='{NAMESPACE}'><!-- <assign mode='optional'><match {by}/></assign>"
+            "--><assign mode='optional'><match nova-flavor='x'/></assign>"
+            f"<assign mode='required'><source type='unix' path='/x'/><match {by}/></assign>"
+            "</host-policy>"
         )
+        cluster_file("host-policy.xml", policy.replace("'", quote))
     try:
         before = run(broken_script, "pre-start")
         assert (before.returncode, before.stderr.count("\n")) == (1, 1)
@@ -524,13 +581,229 @@ def test_without_the_package_a_hooked_vm_runs_on(machine: Machine, broken_script
         assert machine.run_state() == "running"
 
 
-def test_without_the_package_others_start(machine: Machine, broken_script: Path) -> None:
-    cluster_file(f"{VMID}.xml", machine.element("optional").replace("'", '"'))
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_without_the_package_others_start(
+    machine: Machine, broken_script: Path, quote: str
+) -> None:
+    comment = f"<!--{machine.element()}-->"
+    cluster_file(f"{VMID}.xml", comment + machine.element("optional").replace("'", quote))
 
-    before = run(broken_script, "pre-start")
+    before, after = (run(broken_script, phase) for phase in ("pre-start", "post-start"))
 
-    assert before.returncode == 0
-    assert "no policy requires introspection" in before.stderr
+    assert before.returncode == after.returncode == 0
+    assert before.stderr.endswith("no policy requires introspection\n")
+    assert after.stderr.endswith(f"; if it is frozen: qm resume {VMID}\n")
+
+
+# -- by hand -----------------------------------------------------------------------------
+
+
+def test_the_verbs_take_a_vmid(machine: Machine) -> None:
+    file = cluster_file(f"{VMID}.xml", machine.element())
+    name = str(VMID)
+    explained = cli("explain", name)  # it does not run yet
+    assert explained.returncode == 0, explained.stderr
+    assert str(file) in explained.stdout
+    assert cli("hook", name).returncode == 5
+    with probe(machine.socket) as tool:
+        machine.start_qemu()
+        hooked = cli("hook", name)
+        assert hooked.returncode == 0, hooked.stderr
+        assert allowed(tool.result()["commands"]) == {*COMMANDS, *ALWAYS_ALLOWED}
+        assert rights(machine) == COMMANDS
+
+        assert cli("deny", name, "VM_READ_PHYSICAL").returncode == 0
+        assert rights(machine) == {"KVMI_VM_GET_INFO"}
+        ceiling = (
+            f"<host-policy xmlns='{NAMESPACE}'><ceiling><commands><allow name='VM_GET_INFO'/>"
+            "</commands></ceiling></host-policy>"
+        )
+        cluster = cluster_file("host-policy.xml", ceiling)  # the cluster's is this node's
+        try:
+            above = cli("allow", name, "VM_READ_PHYSICAL")
+            assert "above this host's ceiling" in above.stderr
+            refused = cli("apply", name)
+            assert refused.returncode == 3
+            assert "above this host's ceiling" in refused.stderr
+        finally:
+            cluster.unlink()
+        assert cli("apply", name).returncode == 0
+        assert rights(machine) == COMMANDS
+
+        assert cli("unhook", name).returncode == 0
+        found = machine.status()
+        assert found is not None
+        assert found["state"] == "unhooked"
+        assert machine.run_state() == "running"
+
+
+def rights(machine: Machine) -> set[str]:
+    found: dict[str, Any] = machine.status() or {}
+    return set(found.get("commands", ()))
+
+
+# -- the agent ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agent(node: Path, tmp_path: Path) -> Iterator[RunningAgent]:
+    with RunningAgent(
+        tmp_path,
+        domains="proxmox",
+        run_dir=RUN,
+        state_dir=STATE_DIR,
+        host_policy=HOST_POLICY_PATH,
+        settings={"sweep-seconds": "1"},
+    ) as running:
+        yield running
+
+
+def reconnecting(machine: Machine, mode: str = "required") -> str:
+    return machine.element(mode).replace(
+        "sock'/>", "sock'><reconnect enabled='yes' timeout='2'/></source>"
+    )
+
+
+def wait_state(agent: RunningAgent, state: str) -> None:
+    agent.wait(
+        lambda: agent.status().get(str(VMID), {}).get("state") == state,
+        what=f"VM {VMID} is {state}",
+    )
+
+
+def test_the_agent_calls_a_tool_that_comes_back(agent: RunningAgent, machine: Machine) -> None:
+    cluster_file(f"{VMID}.xml", reconnecting(machine))
+    with PatientTool(machine.socket) as tool:
+        machine.start_qemu()
+        assert machine.hook("post-start").returncode == 0
+        assert cli("deny", str(VMID), "VM_READ_PHYSICAL").returncode == 0
+        wait_state(agent, "hooked")
+        assert tool.drop(machine.uuid) == 1
+        assert tool.wait(at_least=1, timeout_s=60.0) == 1
+        wait_state(agent, "hooked")
+        # What was changed by hand is kept, as under libvirt.
+        assert rights(machine) == {"KVMI_VM_GET_INFO"}
+        assert machine.run_state() == "running"
+
+        # The policy is another one by now: a reload makes it count.
+        cluster_file(f"{VMID}.xml", reconnecting(machine).replace("VM_READ", "VM_WRITE"))
+        agent.reload()
+        agent.wait(
+            lambda: rights(machine) == {"KVMI_VM_GET_INFO", "KVMI_VM_WRITE_PHYSICAL"},
+            what="the new policy is in force",
+        )
+        # pmxcfs is away for a moment: that is no policy that has ended.
+        files = [CLUSTER / f"{VMID}.xml", CONFIGS / f"{VMID}.conf"]
+        texts = [file.read_text() for file in files]
+        for file in files:
+            file.unlink()
+        agent.reload()
+        agent.wait(lambda: "does pve-cluster run" in agent.log.read_text(), what="it is told")
+        assert rights(machine) == {"KVMI_VM_GET_INFO", "KVMI_VM_WRITE_PHYSICAL"}
+        assert "does pve-cluster run" in cli("apply", str(VMID)).stderr
+        files[1].write_text(texts[1])
+        agent.reload()
+        wait_state(agent, "unhooked")
+
+
+def test_the_agent_hooks_an_optional_vm_when_its_tool_comes(
+    agent: RunningAgent, machine: Machine
+) -> None:
+    cluster_file(f"{VMID}.xml", reconnecting(machine, "optional"))
+    machine.start_qemu()
+    assert "no tool listens on" in machine.hook("post-start").stdout
+    wait_state(agent, "waiting")
+    with probe(machine.socket) as tool:
+        assert allowed(tool.result()["commands"]) == {*COMMANDS, *ALWAYS_ALLOWED}
+        wait_state(agent, "hooked")
+
+
+def test_an_agent_that_was_not_there_finds_what_runs(
+    node: Path, machine: Machine, tmp_path: Path
+) -> None:
+    cluster_file(f"{VMID}.xml", reconnecting(machine))
+    with probe(machine.socket, "--once") as once:
+        machine.start_qemu()
+        assert machine.hook("post-start").returncode == 0
+        once.process.communicate(timeout=30)
+    with (
+        RunningAgent(
+            tmp_path,
+            domains="proxmox",
+            run_dir=RUN,
+            state_dir=STATE_DIR,
+            host_policy=HOST_POLICY_PATH,
+        ) as agent,
+        probe(machine.socket) as tool,
+    ):
+        tool.result()
+        wait_state(agent, "hooked")
+        pid = machine.pid()
+        execute_at(RUN / f"{VMID}.qmp", "quit")
+        wait_until(lambda: machine.has_ended(pid), what="QEMU ended")
+        agent.wait(lambda: not agent.status(), what="the agent has forgotten it")
+        assert not list(STATE_DIR.glob(f"{machine.uuid}.*"))
+
+
+def test_the_agent_leaves_a_start_to_the_hookscript(agent: RunningAgent, machine: Machine) -> None:
+    # Were the first try the agent's, nothing would end a VM that requires introspection.
+    cluster_file(f"{VMID}.xml", reconnecting(machine))
+    with host.bad_tool(machine.socket, host.Tool.SILENT):
+        pid = machine.start_qemu()
+        agent.wait(lambda: agent.ping()["vms"] == 1, what="the agent sees the VM")
+        agent.reload()
+        agent.wait(lambda: agent.ping()["busy"] == 0, what="the agent has looked")
+        assert agent.status() == {}
+
+        after = machine.hook("post-start")
+
+    assert after.stdout.endswith("; it requires introspection, so it has been stopped\n")
+    wait_until(lambda: machine.has_ended(pid), what="QEMU ended")
+
+
+def reconcile(machine: Machine, *, settled_s: float) -> dict[str, object] | None:
+    places = JobPlaces(proxmox=Places())
+    jobs = Jobs(places, manager=Proxmox(Places(), StateDir(), settled_s=settled_s))
+    argument = {"name": str(VMID), "uuid": machine.uuid, "asked": "", "may_call": "yes"}
+    outcome = jobs.run("reconcile", argument, b"")
+    if outcome.channel is not None:
+        os.close(outcome.channel)
+    assert (outcome.record is None) == (outcome.retry_s is not None)
+    return outcome.record
+
+
+def test_a_vm_that_nobody_recorded_is_the_agents_once_it_has_settled(machine: Machine) -> None:
+    cluster_file(f"{VMID}.xml", reconnecting(machine))
+    with probe(machine.socket) as tool:
+        machine.start_qemu()
+        assert reconcile(machine, settled_s=1000.0) is None
+        record = reconcile(machine, settled_s=0.0)
+        assert record is not None
+        assert (record["state"], record["domain"]) == ("hooked", str(VMID))
+        tool.result()
+
+
+def test_the_agent_never_takes_a_twin_for_the_vm_it_knows(
+    agent: RunningAgent, machine: Machine
+) -> None:
+    cluster_file(f"{VMID}.xml", reconnecting(machine))
+    twin = Machine(machine.kvm, machine.serial.with_name("twin"), VMID + 1, machine.uuid)
+    cluster_file(f"{twin.vmid}.xml", reconnecting(twin, "optional"))
+    try:
+        with PatientTool(machine.socket) as tool, probe(twin.socket):
+            twin.start_qemu()
+            machine.start_qemu()
+            assert machine.hook("post-start").returncode == 0
+            agent.reload()
+            agent.wait(lambda: "have one SMBIOS UUID" in agent.log.read_text(), what="told")
+            wait_state(agent, "hooked")
+            assert set(agent.status()) == {str(VMID)}
+            assert tool.drop(machine.uuid) == 1
+            assert tool.wait(at_least=1, timeout_s=60.0) == 1
+            wait_state(agent, "hooked")
+            assert twin.run_state() == "running"
+    finally:
+        twin.kill()
 
 
 # -- migration ---------------------------------------------------------------------------
@@ -587,6 +860,12 @@ def test_a_vm_that_arrives_is_hooked_before_its_memory_comes(
         execute_at(target, "cont")
         (found,) = json.loads(second_host.cli("status", "--json", str(VMID)).stdout)
         assert (found["state"], found["pid"]) == ("hooked", pid)
+        # By hand it can be changed there, as any other.
+        denied = second_host.cli("deny", str(VMID), "VM_READ_PHYSICAL")
+        assert denied.returncode == 0, denied.stderr
+        assert second_host.cli("apply", str(VMID)).returncode == 0
+        assert second_host.cli("unhook", "--now", str(VMID)).returncode == 0
+        assert run_state_at(target) == "running"
         execute_at(target, "quit")
         wait_until(lambda: machine.has_ended(pid), what="the target's QEMU ended")
 

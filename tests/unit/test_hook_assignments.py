@@ -59,7 +59,7 @@ def test_mode_of_an_assignment_decides_and_not_the_elements(
     on(monkeypatch, assign("required"))
     veto = hook.run("db1", "started", xml(element))
     assert veto is not None
-    assert veto.endswith("; domain 'db1' requires introspection (kvmi-libvirt)")
+    assert veto.endswith("; domain 'db1' requires introspection; next: kvmi-libvirt doctor db1")
     assert hook.run("db1", "reconnect", xml(element)) is None
     on(monkeypatch, assign("optional"))
     assert hook.run("db1", "started", xml(element)) is None
@@ -86,7 +86,7 @@ def test_domain_that_cannot_be_matched_is_taken_for_one_that_may_be_meant(
     veto = hook.run("db1", "prepare", unreadable)
     assert veto is not None
     assert "(XML of domain 'db1':1)" in veto
-    assert veto.endswith("domain 'db1' requires introspection (kvmi-libvirt)")
+    assert veto.endswith("domain 'db1' requires introspection; next: kvmi-libvirt doctor db1")
     assert hook.run("db1", "reconnect", unreadable) is None
     on(monkeypatch, assign("optional"))
     assert hook.run("db1", "prepare", unreadable) is None

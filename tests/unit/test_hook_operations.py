@@ -26,9 +26,9 @@ from kvmi_libvirt import hooklog
 from kvmi_libvirt.errors import PolicyRefused, PolicySyntaxError
 from kvmi_libvirt.hook import VETO, Hook, Operation, main, read_xml
 from kvmi_libvirt.newtypes import Pid
-from kvmi_libvirt.policy.demand import is_required, scan
 from kvmi_libvirt.policy.host import HostPolicy
 from kvmi_libvirt.policy.model import NAMESPACE
+from kvmi_libvirt.policy.required import is_required, scan
 from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.state import FAILED, HOOKED, StateDir, VmState
 from kvmi_libvirt.tool import connect
@@ -182,7 +182,8 @@ def test_the_reason_is_one_line_that_names_the_domain(hook: Hook, kind: str) -> 
 
     assert veto is not None
     assert "\n" not in veto
-    assert veto.endswith(f"; domain '{NAME}' requires introspection (kvmi-libvirt)")
+    asked = f"kvmi-libvirt doctor {NAME}"
+    assert veto.endswith(f"; domain '{NAME}' requires introspection; next: {asked}")
 
 
 def test_the_reason_tells_the_line_and_what_to_write(hook: Hook) -> None:

@@ -37,7 +37,8 @@ SERVING: Final = (
     | {"plan", "tool", "session", "worker", "state", "startmark", "sockdiag"}
     | {"beforehand"}
 )
-INSTALLING: Final = frozenset({"installer", "installation", "daemons", "snippets"})
+INSTALLING: Final = frozenset({"ownership", "installer", "installation", "daemons", "snippets"})
+MACHINES: Final = frozenset({"commandline", "proxmoxfiles"})
 DOCTORING: Final = SERVING | INSTALLING | {"introspect", "bounded", "kernel", "hooklog", "doctor"}
 
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
@@ -84,15 +85,28 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "qmp": BASE,
         "commandline": frozenset({"policy"}),
         "proxmoxfiles": POLICY,
-        "proxmox": SERVING | {"introspect", "hooklog", "commandline", "proxmoxfiles", "qmp"},
+        "machines": TRACING | MACHINES | {"policy", "state", "introspect"},
+        "proxmox": SERVING | MACHINES | {"introspect", "hooklog", "machines", "qmp"},
         "installer": frozenset({"errors", "datafiles"}),
         "snippets": frozenset({"errors", "datafiles"}),
         "installation": frozenset({"errors", "datafiles", "installer"}),
         "bounded": frozenset(),
+        "ownership": frozenset(),
         "daemons": BASE | {"state"},
         "libvirtio": frozenset({"errors"}),
         "agent": SERVING
-        | {"", "introspect", "hook", "early", "libvirtio", "linux", "agent", "agentclient"},
+        | MACHINES
+        | {
+            "machines",
+            "",
+            "introspect",
+            "hook",
+            "early",
+            "libvirtio",
+            "linux",
+            "agent",
+            "agentclient",
+        },
         "agentclient": frozenset(),
         "agent.decide": frozenset({"policy.model", "state"}),
         "agent.frames": frozenset(),
@@ -104,7 +118,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "cli.agent": frozenset({"errors", "agent", "cli"}),
         "emulator": BASE | {"abi", "linux", "emulator"},
         "doctor": DOCTORING | {"", "libvirtio", "agentclient", "agent.settings"},
-        "cli": DOCTORING | {"", "libvirtio", "cli", "agentclient", "advice"},
+        "cli": DOCTORING | MACHINES | {"", "libvirtio", "cli", "agentclient", "advice", "machines"},
         "cli.emulate": frozenset({"errors", "emulator", "cli"}),
     }
 )

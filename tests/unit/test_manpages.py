@@ -6,8 +6,9 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+import pages
 import pytest
 from lxml import etree
 from support import require_tool
@@ -19,9 +20,6 @@ from kvmi_libvirt.policy.groups import GROUPS
 from kvmi_libvirt.policy.host import HostPolicy
 from kvmi_libvirt.policy.lint import lint
 from kvmi_libvirt.policy.profile import SHIPPED
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 MAN: Final = ROOT / "packaging" / "man"
@@ -37,14 +35,7 @@ RNG: Final = "{http://relaxng.org/ns/structure/1.0}"
 
 def text_of(name: str) -> str:
     """Return a page's source with roff's escapes undone."""
-    text = (MAN / name).read_text(encoding="utf-8")
-    return re.sub(r"\\f[BIPR]|\\&", "", text).replace("\\-", "-")
-
-
-def examples_of(page: Path) -> Iterator[str]:
-    """Return the literal blocks of a page, as a reader copies them."""
-    text = text_of(page.name).replace("\\e", "\\")
-    return iter(re.findall(r"^\.EX\n(.*?)^\.EE$", text, re.MULTILINE | re.DOTALL))
+    return pages.man_text(MAN / name)
 
 
 def test_the_pages_are_those_the_documents_promise() -> None:
@@ -170,7 +161,7 @@ def test_every_key_of_the_agents_configuration_is_explained() -> None:
 def test_every_document_in_an_example_is_right() -> None:
     count = 0
     for page in PAGES:
-        for example in examples_of(page):
+        for example in pages.man_examples(page):
             if not example.lstrip().startswith("<"):
                 continue
             count += 1

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmi_libvirt.errors import PolicyError, UsageError
+from kvmi_libvirt.commandline import domain_of
+from kvmi_libvirt.errors import PolicyError, StateError, UsageError
 from kvmi_libvirt.policy.model import NAMESPACE, Mode, UnixSource
 from kvmi_libvirt.proxmox import Hookscript, Phase, parse_arguments
 from kvmi_libvirt.proxmoxfiles import Files, Places, parse_config
@@ -24,6 +25,10 @@ VMID = 100
 
 @pytest.fixture
 def places(tmp_path: Path) -> Places:
+    return places_in(tmp_path)
+
+
+def places_in(tmp_path: Path) -> Places:
     for name in ("local/proxmox", "cluster", "run", "configs"):
         (tmp_path / name).mkdir(parents=True, mode=0o755)
     return Places(
@@ -31,6 +36,7 @@ def places(tmp_path: Path) -> Places:
         elements=(tmp_path / "local/proxmox", tmp_path / "cluster"),
         run=tmp_path / "run",
         configs=tmp_path / "configs",
+        nodes=tmp_path / "nodes",
         owner=os.geteuid(),
     )
 
@@ -99,6 +105,46 @@ def test_a_vm_is_selected_by_its_number_alone(places: Places, match: str, *, fit
     assert tool(places) == ("assigned" if fits else None)
 
 
+WANTED = st.sampled_from(
+    ["100", "101", "db1", "kvmi", "mode=required", "567e47cd", "proxmox-vmid=100"]
+)
+DELEGATED = st.one_of(WANTED, st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=30))
+MATCHES = st.sampled_from(
+    [
+        *("proxmox-vmid='100'", "proxmox-vmid='101'", "name='100'", "name='1?0'", "name='db*'"),
+        *("name='*'", "uuid='567e47cd-a815-4e6d-8ab9-8c6649f7d293'", "nova-flavor='*'"),
+    ]
+)
+
+
+@given(data=st.data())
+def test_nothing_that_others_were_given_rights_on_ever_decides(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    # VM.Config.Options and the like: name, description, tags, SMBIOS; not the number.
+    here = places_in(tmp_path_factory.mktemp("node"))
+    write(here.host_policy[0], assignment(data.draw(MATCHES)))
+    if data.draw(st.booleans()):
+        write(here.elements[1] / f"{VMID}.xml", element("own"))
+    before = tool(here)
+    name, tags, description, uuid = (data.draw(DELEGATED) for _ in range(4))
+    config = f"#{description}\nname: {name}\ntags: {tags}\nsmbios1: uuid={uuid}\n"
+    write(here.configs / f"{VMID}.conf", config)
+
+    assert tool(here) == before
+    line = [
+        "kvm",
+        "-id",
+        str(VMID),
+        "-name",
+        f"{name},debug-threads=on",
+        "-smbios",
+        f"type=1,{uuid}",
+    ]
+    known = domain_of(VMID, line)
+    assert (known.name, known.vmid) == (str(VMID), VMID)
+
+
 def test_the_ceiling_of_the_node_holds_for_the_clusters_file(places: Places) -> None:
     write(places.elements[1] / "100.xml", element("cluster").replace("'><", "' profile='full'><"))
     write(places.host_policy[0], f"<host-policy xmlns='{NAMESPACE}'><ceiling/></host-policy>")
@@ -139,12 +185,35 @@ def test_a_host_policy_that_is_wrong_stops_a_vm_that_has_the_hookscript(
     assert script.run(Phase.PRE_START).startswith("warning: ")
 
 
+def test_the_smbios_uuid_is_found_in_any_place_of_its_setting(places: Places) -> None:
+    uuid = "567E47CD-a815-4e6d-8ab9-8c6649f7d293"
+    for setting in (f"uuid={uuid}", f"base64=1,uuid={uuid},serial=eA=="):
+        write(places.configs / "100.conf", f"smbios1: {setting}\n")
+        assert Files(VMID, places).smbios_uuid() == uuid.lower()
+    for setting in ("", "uuid=x", f"serial=uuid={uuid}", f"uuid={uuid}0"):
+        write(places.configs / "100.conf", f"smbios1: {setting}\n")
+        assert Files(VMID, places).smbios_uuid() is None
+
+
 def test_configuration_is_read_up_to_its_first_section(places: Places) -> None:
     text = "#freeze%3A 1\nname: web: 1\nfreeze: 1\n\n[PENDING]\nlock: backup\n[snap]\nfreeze: 0\n"
     write(places.configs / "100.conf", text)
 
     assert Files(VMID, places).config() == {"name": "web: 1", "freeze": "1"}
     assert Files(101, places).config() == {}
+
+
+def test_a_vm_that_arrives_is_configured_on_another_node_still(places: Places) -> None:
+    files = Files(VMID, places)
+    with pytest.raises(StateError, match="does pve-cluster run"):
+        files.require_config()
+    there = places.nodes / "first" / "qemu-server"
+    there.mkdir(parents=True)
+    write(there / "100.conf", "freeze: 1\n")
+    files.require_config()
+    assert files.config() == {"freeze": "1"}
+    write(places.configs / "100.conf", "freeze: 0\n")
+    assert files.config() == {"freeze": "0"}
 
 
 @given(st.text())

@@ -51,15 +51,23 @@ def test_snippets_that_are_not_there_are_not_made(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("verb", "told"),
-    [("install", "qm set VMID --hookscript"), ("uninstall", "--delete hookscript")],
-)
-def test_the_verbs_say_what_is_left_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, told: str
+def test_the_verbs_say_what_is_done_and_what_is_left_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([verb, "--proxmox", str(tmp_path), "--dry-run"]) == 0
-    assert capsys.readouterr().out.startswith("would ")
+    def typed(*words: str) -> str:
+        assert main([*words, "--proxmox", str(tmp_path)]) == 0
+        return capsys.readouterr().out
+
+    assert "was not there" in typed("uninstall", "--dry-run")
+    assert typed("install", "--dry-run").startswith("would install ")
     assert names(tmp_path) == []
-    assert main([verb, "--proxmox", str(tmp_path)]) == 0
-    assert told in capsys.readouterr().out
+    done = typed("install")
+    assert done.startswith("installed ")
+    assert "qm set VMID --hookscript" in done
+    assert "is in place already" in typed("install", "--dry-run")
+    assert typed("uninstall", "--dry-run").startswith("would remove ")
+    assert names(tmp_path) != []
+    done = typed("uninstall")
+    assert done.startswith("removed ")
+    assert "--delete hookscript" in done
+    assert names(tmp_path) == []

@@ -147,6 +147,16 @@ def test_a_journal_that_is_full_or_gone_costs_lines_and_nothing_else(
     sender.close()
 
 
+def test_a_line_that_is_too_long_is_cut_and_arrives(journal: socket.socket) -> None:
+    sender = handler(journal)
+    sender.emit(record("x" * (1 << 20), logging.ERROR, domain="web1"))
+    found = fields(journal.recv(1 << 17))
+    assert 1000 < len(found["MESSAGE"]) < 1 << 16
+    assert set(found["MESSAGE"]) == {"x"}
+    assert found["KVMI_LIBVIRT_DOMAIN"] == "web1"
+    sender.close()
+
+
 def test_a_line_that_cannot_be_formatted_is_no_error_of_the_work(
     journal: socket.socket, root: logging.Logger
 ) -> None:

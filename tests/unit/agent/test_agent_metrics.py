@@ -107,8 +107,8 @@ def test_what_hooking_gave_is_counted(metrics: Metrics) -> None:
     fields = dataclasses.asdict(RECORD)
     metrics.note(Outcome(step="started", record=fields, stall_us=800, gap_us=300))
     assert values(metrics)["reconnects_total{}"] == 0
-    metrics.note(Outcome(step="hook", record=fields, stall_us=800, gap_us=300))
-    metrics.note(Outcome(step="change", record=fields))
+    metrics.note(Outcome(step="hook", record=fields, stall_us=800, gap_us=300), is_again=True)
+    metrics.note(Outcome(step="change", record=fields), is_again=True)
     found = values(metrics)
     assert found["grants_total{}"] == 6
     assert found["reconnects_total{}"] == 1
@@ -123,6 +123,16 @@ def test_refusals_are_counted_by_kind(metrics: Metrics) -> None:
     found = values(metrics)
     assert found["refusals_total{reason=HandshakeTimeout}"] == 2
     assert found["refusals_total{reason=Error}"] == 1
+
+
+def test_a_start_that_failed_is_counted_by_kind_refused_or_not(metrics: Metrics) -> None:
+    metrics.operation("started", Outcome(step="started", kind="HandshakeRefused", veto="no tool"))
+    metrics.operation("started", Outcome(step="started", kind="HandshakeRefused"))
+    metrics.operation("prepare", Outcome(step="prepare", kind="PolicyValueError", veto="wrong"))
+    found = values(metrics)
+    assert found["refusals_total{reason=HandshakeRefused}"] == 2
+    assert found["refusals_total{reason=PolicyValueError}"] == 1
+    assert found["vetoes_total{}"] == 2
 
 
 def test_departures_and_retries_are_counted(metrics: Metrics) -> None:

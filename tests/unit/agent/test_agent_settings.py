@@ -58,6 +58,7 @@ standin = yes
     [
         "domains = /run/libvirt/qemu",
         "domains = qemu+unix:///system",
+        "domains = proxmox",
         "metrics = off",
         "metrics = unix:/run/x.sock",
         "metrics = [::1]:65535",

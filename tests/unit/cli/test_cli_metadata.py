@@ -107,6 +107,20 @@ def test_domain_that_is_not_there_is_exit_5(file: str, capsys: pytest.CaptureFix
         )
 
 
+@pytest.mark.parametrize("reason", ["no tool listens on unix:/run/kvmi/x", "(ENOENT) (x) (y)"])
+def test_of_a_refused_start_the_hooks_words_are_told_not_how_it_was_called(reason: str) -> None:
+    next_command = "next: kvmi-libvirt doctor x"
+    said = f"{reason}: start the tool first; domain 'x' requires introspection; {next_command}"
+    wrapping = (
+        "Hook script execution failed: internal error: Child process (LC_ALL=C PATH=/bin "
+        "/etc/libvirt/hooks/qemu.d/50-kvmi-libvirt x started begin -) unexpected exit status 1: "
+    )
+
+    assert libvirtio._said_by_hook(f"{wrapping}{said}\n\n") == said
+    other = f"{wrapping}another's hook said no\n"
+    assert libvirtio._said_by_hook(other) == other.strip()
+
+
 @pytest.mark.parametrize(
     ("uri", "local"),
     [

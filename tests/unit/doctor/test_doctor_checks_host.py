@@ -101,6 +101,7 @@ def test_nothing_is_wrong_with_a_sound_host() -> None:
         ({"is_current": False}, "hook-version", "WARN", "kvmi-libvirt install"),
         ({"python_problem": "No module"}, "hook-interpreter", "FAIL", "(No module)"),
         ({"version": "0.9"}, "hook-interpreter", "WARN", "has version 0.9, this command is 1.0"),
+        ({"others_can": ("/x belongs to joe",)}, "hook-owner", "WARN", "/x belongs to joe"),
         ({"stray": ("/x/50-a~",)}, "hook-leftovers", "WARN", "chmod -x /x/50-a~"),
         ({"broken": (("/x/a", "no #! line"),)}, "hook-leftovers", "FAIL", "no #! line"),
     ],
