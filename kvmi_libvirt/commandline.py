@@ -49,7 +49,7 @@ def is_started_paused(arguments: Sequence[str]) -> bool:
 
 def is_incoming(arguments: Sequence[str]) -> bool:
     """Say whether QEMU was told to take its state from elsewhere."""
-    return "-incoming" in arguments or "-loadstate" in arguments
+    return not {"-incoming", "-loadstate", "-loadvm"}.isdisjoint(arguments)
 
 
 def _values(arguments: Sequence[str], option: str) -> Iterator[dict[str, str]]:

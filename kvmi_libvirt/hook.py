@@ -12,6 +12,8 @@ exit code libvirt sees. Anything else tells the script that we are broken.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import enum
 import logging
 import os
@@ -19,32 +21,28 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
-from xml.parsers import expat
+from typing import TYPE_CHECKING, Final
 
 from kvmi_libvirt import hooklog, linux, worker
 from kvmi_libvirt.beforehand import require_possible
-from kvmi_libvirt.early import TOO_LATE, require_not_run, watch_start
+from kvmi_libvirt.early import require_not_run, watch_start
 from kvmi_libvirt.errors import (
     KvmiLibvirtError,
     PolicyError,
     PolicySchemaError,
-    PolicySyntaxError,
     SessionError,
+    StateError,
 )
 from kvmi_libvirt.introspect import (
-    ALREADY_HOOKED,
-    hook_vm,
+    SESSION_S,
+    ensure_hooked,
     is_same_process,
     record_failure,
     verified,
 )
-from kvmi_libvirt.policy.demand import is_demanded
-from kvmi_libvirt.policy.digest import digest
-from kvmi_libvirt.policy.document import MAX_BYTES
-from kvmi_libvirt.policy.element import parse_domain
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH, load_host_policy
-from kvmi_libvirt.policy.model import NAMESPACE, NAMESPACE_STEM, Mode
+from kvmi_libvirt.policy.model import NAMESPACE, Mode
+from kvmi_libvirt.policy.required import demands, is_required, scan
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.policy.secret import read_secret
 from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR, open_domain
@@ -58,6 +56,7 @@ if TYPE_CHECKING:
     from kvmi_libvirt.policy.limits import HostPolicy
     from kvmi_libvirt.policy.model import Policy
     from kvmi_libvirt.qemu.process import Process
+    from kvmi_libvirt.state import VmState
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +144,7 @@ class Hook:
     def _judge(self, name: str, operation: Operation, xml: bytes, error: Exception) -> str | None:
         line = " ".join(str(error).split())
         vetoes = operation not in (Operation.RECONNECT, Operation.STOPPED, Operation.RELEASE)
-        if vetoes and self._demands(xml):
+        if vetoes and demands(xml, self._host, self._host_policy or HOST_POLICY_PATH):
             logger.error("domain %s: %s refused: %s", name, operation.value, line)
             return (
                 f"{_reason(error)}; domain '{name}' requires introspection; "
@@ -153,33 +152,6 @@ class Hook:
             )
         logger.warning("domain %s: %s: %s", name, operation.value, line)
         return None
-
-    def _demands(self, xml: bytes) -> bool:
-        # Where the host assigns a policy, its mode counts and not the element's. A host
-        # policy that cannot be used demands what its text says it does.
-        try:
-            assignments = self._host().assignments
-        except (KvmiLibvirtError, OSError):
-            return self._text_demands(xml) or is_required(xml)
-        if assignments:
-            try:
-                domain = parse_domain(xml, source="", with_policy=False)
-            except KvmiLibvirtError:
-                # Whom it is for cannot be told. A demand that may be for this one counts.
-                modes = {assigned.policy.mode for assigned in assignments}
-                return Mode.REQUIRED in modes or is_required(xml)
-            found = next((assigned for assigned in assignments if assigned.fits(domain)), None)
-            if found is not None:
-                return found.policy.mode is Mode.REQUIRED
-        return is_required(xml)
-
-    def _text_demands(self, xml: bytes) -> bool:
-        try:
-            domain = parse_domain(xml, source="", with_policy=False)
-            with open(self._host_policy or HOST_POLICY_PATH, "rb") as file:
-                return is_demanded(file.read(MAX_BYTES), domain)
-        except (KvmiLibvirtError, OSError):
-            return False
 
     def _host(self) -> HostPolicy:
         if self._host_policy is None:
@@ -214,22 +186,18 @@ class Hook:
             self._state.mark_start(domain.uuid)
             self._watch_start(domain, policy)
 
-    def _end_watch(self, process: Process, domain: Domain, policy: Policy) -> None:
-        # The guest may run by now. If it does, and was not hooked before, it is too late.
-        self._state.end_start(domain.uuid)
-        if not policy.early:
-            return
-        recorded = self._state.load(domain.uuid)
-        if recorded is not None and is_same_process(recorded, process) and recorded.socket_inode:
-            return
-        try:
-            require_not_run(process)  # a paused start: nothing is lost
-        except SessionError as late:
-            reason = f": {recorded.error}" if recorded is not None and recorded.error else ""
-            late = SessionError(f"{late}{reason}", kind=TOO_LATE)
-            if policy.mode is Mode.REQUIRED:
-                raise late from None
-            logger.warning("domain %s: %s", domain.name, late)
+    def _end_watch(self, domain: Domain, policy: Policy) -> None:
+        # Whoever watches has hooked the VM, or failed to, or finds that it is too late. It
+        # may be at it still, where libvirt went on by itself: a start that stays paused.
+        with contextlib.ExitStack() as stack:
+            mark = self._state.open_start(domain.uuid)
+            if mark is None:
+                return
+            stack.enter_context(mark)
+            mark.end()
+            deadline = time.monotonic() + policy.handshake_timeout_s + SESSION_S
+            if not mark.wait_unclaimed(deadline):
+                raise SessionError("whoever was to hook it early does not come to an end")
 
     def _start(self, name: str, xml: bytes) -> None:
         try:
@@ -240,25 +208,48 @@ class Hook:
         if policy is None:
             return
         with open_domain(domain.name, domain.uuid, run_dir=self._run_dir) as process:
-            self._end_watch(process, domain, policy)
-            try:
-                hook_vm(
-                    process,
-                    domain,
-                    policy,
-                    state=self._state,
-                    on_hooked=self._on_hooked,
-                    allow_standin=self._allow_standin,
-                )
-            except SessionError as error:
-                # Whoever hooked it before libvirt told us did what we would have done.
-                recorded = self._state.load(domain.uuid)
-                if (
-                    error.kind != ALREADY_HOOKED
-                    or recorded is None
-                    or recorded.policy != digest(policy)
-                ):
-                    raise
+            self._end_watch(domain, policy)
+            late = None
+            if policy.early:
+                tried = self._tried_early(process, domain)
+                if tried is not None and policy.mode is Mode.REQUIRED:
+                    raise SessionError(tried.error or "it was not hooked early")
+                if tried is not None and tried.source is not None:
+                    return  # its tool was called, which is done once at a start
+                late = self._too_late(process, domain, policy)
+            record = ensure_hooked(
+                process,
+                domain,
+                policy,
+                state=self._state,
+                on_hooked=self._on_hooked,
+                allow_standin=self._allow_standin,
+            )
+            if late is not None:
+                with self._state.locked(domain.uuid, deadline=time.monotonic() + _LOCK_S):
+                    self._state.save(dataclasses.replace(record, error=str(late)))
+
+    def _tried_early(self, process: Process, domain: Domain) -> VmState | None:
+        # The record of a failure. Where there is none, it is hooked, or nobody tried.
+        recorded = self._state.load(domain.uuid)
+        if recorded is None or not is_same_process(recorded, process) or recorded.socket_inode:
+            return None
+        return recorded if recorded.error else None
+
+    def _too_late(self, process: Process, domain: Domain, policy: Policy) -> SessionError | None:
+        # A guest that runs by now and was not hooked before did so unwatched. One that does
+        # not, in a paused start, has lost nothing.
+        recorded = self._state.load(domain.uuid)
+        if recorded is not None and is_same_process(recorded, process) and recorded.socket_inode:
+            return None
+        try:
+            require_not_run(process)
+        except SessionError as late:
+            if policy.mode is Mode.REQUIRED:
+                raise
+            logger.warning("domain %s: %s", domain.name, late)
+            return late
+        return None
 
     def _record(self, name: str, xml: bytes, error: KvmiLibvirtError) -> None:
         # For status; the failure itself is the caller's to judge.
@@ -312,68 +303,6 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split())
 
 
-class Facts(NamedTuple):
-    """What can be said of a domain even when its element is invalid."""
-
-    uuid: str
-    modes: tuple[str | None, ...]
-    """The mode attribute of each element of ours, in any version of the namespace.
-
-    None where it is left out.
-    """
-
-
-def scan(xml: bytes) -> Facts:
-    """Return what matters of the domain XML, without judging it.
-
-    Raises
-        PolicySyntaxError  the bytes are no well-formed XML
-    """
-    modes: list[str | None] = []
-    path: list[str] = []
-    uuid: list[str] = []
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        path.append(tag)
-        namespace, _, local = tag.rpartition(" ")
-        if (
-            path[:-1] == ["domain", "metadata"]
-            and local == "introspection"
-            and namespace.startswith(NAMESPACE_STEM)
-        ):
-            modes.append(attributes.get("mode"))
-
-    def end(_tag: str) -> None:
-        path.pop()
-
-    def text(data: str) -> None:
-        if path == ["domain", "uuid"]:
-            uuid.append(data)
-
-    parser = expat.ParserCreate(namespace_separator=" ")
-    parser.StartElementHandler = start
-    parser.EndElementHandler = end
-    parser.CharacterDataHandler = text
-    try:
-        parser.Parse(xml, True)
-    except (expat.ExpatError, ValueError) as error:
-        raise PolicySyntaxError(f"the domain XML is not well-formed: {error}") from error
-    return Facts("".join(uuid).strip(), tuple(modes))
-
-
-def is_required(xml: bytes) -> bool:
-    """Say whether the domain demands introspection, even if its element is invalid.
-
-    A mode that is neither absent nor "optional" counts as a demand: whoever wrote
-    one did not mean the default.
-    """
-    try:
-        modes = scan(xml).modes
-    except PolicySyntaxError:
-        return b'mode="required"' in xml
-    return any(mode not in (None, Mode.OPTIONAL.value) for mode in modes[:1])
-
-
 def read_xml(fd: int = 0) -> bytes:
     """Return what libvirt writes to the hook's stdin, up to 64 MiB."""
     chunks = []
@@ -390,15 +319,17 @@ def _watch_detached(domain: Domain, policy: Policy) -> None:
     # A child of its own, since libvirt waits for us and for whatever holds our stderr.
     pid = os.fork()
     if pid:
-        os.waitpid(pid, 0)
+        if os.waitpid(pid, 0)[1]:
+            raise StateError("no process can be made to watch its start")
         return
     code = 1
     try:
         if os.fork():
             os._exit(0)
-        null = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)
+        hooklog.stop()
+        worker.close_other_fds()
+        hooklog.start()
+        os.chdir("/")
         worker.become_worker()
         linux.set_process_title("kvmi-early")
         watch_start(domain, policy, state=StateDir())

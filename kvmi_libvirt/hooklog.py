@@ -33,6 +33,16 @@ def start(*, log_dir: Path = LOG_DIR, syslog_socket: str = SYSLOG_SOCKET) -> Non
     root.addHandler(_syslog(syslog_socket) or _file(log_dir) or logging.NullHandler())
 
 
+def stop() -> None:
+    """Send nothing anywhere any more, and close what was opened for it."""
+    root = logging.getLogger()
+    for handler in tuple(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+        if isinstance(handler, logging.StreamHandler):
+            handler.stream.close()
+
+
 class _Syslog(logging.Handler):
     # The standard library's handler blocks while the daemon does not read, and
     # libvirt waits for us: a message that does not fit now is dropped.

@@ -223,37 +223,66 @@ def version(*, uri: str = DEFAULT_URI) -> str:
     return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
 
-class PausedDomain:
-    """A domain that was just started, none of whose vCPUs ran yet."""
+class NewDomain:
+    """A domain that is to be started; every call but ``start`` is for afterwards."""
 
-    def __init__(self, domain: Any) -> None:
-        """Take what libvirt says of it. Raises libvirt's error."""
+    def __init__(self, domain: Any, name: str) -> None:
+        """Ask libvirt nothing yet."""
         self._domain = domain
-        self.name: str = domain.name()
-        self.uuid: str = domain.UUIDString()
-        self.xml: bytes = domain.XMLDesc(0).encode()
-        self.is_decided = False
+        self.name = name
+        with _said_by_libvirt(f"domain '{name}'"):
+            self.uuid: str = domain.UUIDString()
+            self.is_saved = bool(domain.hasManagedSaveImage(0))
+            """It will go on where a managed save left it."""
+
+    def xml(self) -> bytes:
+        """Return its XML: the one that is in force, or before the start that of the next one.
+
+        Raises
+            LibvirtError  libvirt refused, or is not there any more
+        """
+        with _said_by_libvirt(f"domain '{self.name}'"):
+            text: str = self._domain.XMLDesc(0)
+        return text.encode()
+
+    def start(self) -> None:
+        """Start it with its vCPUs paused. Raises LibvirtError: then it does not run."""
+        libvirt = _library()
+        with _said_by_libvirt(f"domain '{self.name}' does not start", ExitCode.FAILED):
+            self._domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
 
     def resume(self) -> None:
-        """Let its vCPUs run. Raises LibvirtError; it is paused still then."""
-        with _said_by_libvirt(f"domain '{self.name}' cannot be resumed"):
+        """Let its vCPUs run. Raises LibvirtError."""
+        with _said_by_libvirt(f"domain '{self.name}' cannot be resumed", ExitCode.FAILED):
             self._domain.resume()
-        self.is_decided = True
 
-    def destroy(self) -> None:
-        """End it. Raises LibvirtError."""
-        with _said_by_libvirt(f"domain '{self.name}' cannot be destroyed"):
+    def undo(self) -> str:
+        """Take the start back, whose vCPUs have not run; return what was done, in words.
+
+        What a managed save had kept is kept again.
+
+        Raises
+            LibvirtError  it is there still, or libvirt does not tell
+        """
+        libvirt = _library()
+        if self.is_saved:
+            with _said_by_libvirt(f"domain '{self.name}' cannot be saved again", ExitCode.FAILED):
+                self._domain.managedSave(libvirt.VIR_DOMAIN_SAVE_RUNNING)
+            return "its managed save is there again as it was"
+        with _said_by_libvirt(f"domain '{self.name}' cannot be destroyed", ExitCode.FAILED):
             self._domain.destroy()
-        self.is_decided = True
+        return "it was destroyed"
 
 
 @contextlib.contextmanager
-def _said_by_libvirt(what: str) -> Iterator[None]:
+def _said_by_libvirt(what: str, exit_code: ExitCode = ExitCode.UNSUPPORTED) -> Iterator[None]:
     libvirt = _library()
     try:
         yield
     except libvirt.libvirtError as error:
-        raise LibvirtError(f"{what}: {error}") from error
+        failure = LibvirtError(f"{what}: {_said_by_hook(str(error))}")
+        failure.exit_code = exit_code
+        raise failure from error
 
 
 def _said_by_hook(text: str) -> str:
@@ -263,39 +292,29 @@ def _said_by_hook(text: str) -> str:
 
 
 @contextlib.contextmanager
-def started_paused(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[PausedDomain]:
-    """Start *domain*, its name or uuid, with its vCPUs paused.
-
-    In the block it is to be resumed or destroyed; if neither happened at its end, as
-    when it was interrupted, it is destroyed: nobody would know why it does not run.
+def new_domain(domain: str, *, uri: str = DEFAULT_URI) -> Iterator[NewDomain]:
+    """Have *domain*, its name or uuid, which must not run, to start it in the block.
 
     Raises
-        TargetNotFound  no such domain, or it runs already
-        LibvirtError    libvirt is not there, or the start failed; the message says why
+        TargetNotFound  no such domain, or it is there already
+        LibvirtError    libvirt is not there
     """
     with _connection(uri) as connection:
         libvirt = _library()
         found = _lookup(connection, domain, uri)
         with _said_by_libvirt(f"domain '{domain}'"):
-            if found.isActive():
-                name = found.name()
-                error = TargetNotFound(f"domain '{name}' runs already")
-                raise error.then(f"kvmi-libvirt hook {shlex.quote(name)}")
-        try:
-            found.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
-        except libvirt.libvirtError as error:
-            said = _said_by_hook(str(error))
-            failed = LibvirtError(f"domain '{found.name()}' does not start: {said}")
-            if _NEXT in said:
-                raise failed from error
-            raise failed.then(f"kvmi-libvirt doctor {shlex.quote(found.name())}") from error
-        paused = PausedDomain(found)
-        try:
-            yield paused
-        finally:
-            if not paused.is_decided:
-                with contextlib.suppress(libvirt.libvirtError):
-                    found.destroy()
+            name = found.name()
+            state = found.state()[0] if found.isActive() else libvirt.VIR_DOMAIN_SHUTOFF
+        if state == libvirt.VIR_DOMAIN_CRASHED:
+            text = f"domain '{name}' has crashed and its QEMU is there still; destroy it first"
+            raise TargetNotFound(text)
+        if state == libvirt.VIR_DOMAIN_PAUSED:
+            text = f"domain '{name}' is there already, paused; 'virsh resume' lets it run"
+            raise TargetNotFound(text)
+        if state != libvirt.VIR_DOMAIN_SHUTOFF:
+            error = TargetNotFound(f"domain '{name}' runs already")
+            raise error.then(f"kvmi-libvirt hook {shlex.quote(name)}")
+        yield NewDomain(found, name)
 
 
 def is_local(uri: str) -> bool:

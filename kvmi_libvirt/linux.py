@@ -286,6 +286,7 @@ def seccomp_notif_sizes() -> sc.seccomp_notif_sizes:
 
 # -- inotify -----------------------------------------------------------------------------
 
+IN_MODIFY: Final = 0x2
 IN_CREATE: Final = 0x100
 IN_DELETE: Final = 0x200
 IN_MOVED_TO: Final = 0x80

@@ -2,9 +2,10 @@
 """What is recorded below /run/kvmi-libvirt about each VM.
 
 One directory, root only. Per VM, by uuid: ``UUID.json`` (what ``status`` shows),
-``UUID.journal`` (what an unfinished session may have left in QEMU) and
-``UUID.lock``. Files are replaced atomically; /run does not survive a boot, so
-nothing is synced. May import ``errors`` and ``newtypes``.
+``UUID.journal`` (what an unfinished session may have left in QEMU),
+``UUID.lock`` and ``UUID.early`` (see ``startmark``). Files are replaced atomically;
+/run does not survive a boot, so nothing is synced. May import ``errors``, ``newtypes``
+and ``startmark``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from kvmi_libvirt.errors import StateError
+from kvmi_libvirt.startmark import StartMark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -187,22 +189,13 @@ class StateDir:
         self._file(uuid, "journal").unlink(missing_ok=True)
 
     def mark_start(self, uuid: str) -> None:
-        """Note that a start is watched for hooking it early; :meth:`end_start` ends that."""
+        """Note that a start is watched for hooking it early, and begins now."""
         self._make()
-        path = self._file(uuid, "early")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            os.close(os.open(path, flags, 0o600))
-        except OSError as error:
-            raise StateError(f"cannot write {path}: {error.strerror}") from error
+        StartMark.make(self._file(uuid, "early"))
 
-    def is_start_marked(self, uuid: str) -> bool:
-        """Say whether the watched start is still under way."""
-        return self._file(uuid, "early").exists()
-
-    def end_start(self, uuid: str) -> None:
-        """Let whoever watches the start know that it is over; none is fine."""
-        self._file(uuid, "early").unlink(missing_ok=True)
+    def open_start(self, uuid: str) -> StartMark | None:
+        """Return the mark of the watched start of *uuid*, for the caller to close; or None."""
+        return StartMark.open(self._file(uuid, "early"))
 
     def remove(self, uuid: str) -> None:
         """Forget everything about a VM that has ended. Hold the lock, if anyone may want it."""

@@ -146,7 +146,7 @@ def _child(session: Callable[[], Report], writer: int, keep_fds: set[int]) -> No
     try:
         os.setsid()
         log = _LogKeeper()
-        _close_other_fds(keep_fds)
+        close_other_fds(keep_fds)
         start_deadline_timer()
         answer = json.dumps({**_encode(session), "log": log.lines}).encode()
         with contextlib.suppress(BrokenPipeError):  # the parent may have given up
@@ -170,7 +170,8 @@ class _LogKeeper(logging.Handler):
         self.lines.append((record.levelno, record.getMessage()))
 
 
-def _close_other_fds(keep_fds: set[int]) -> None:
+def close_other_fds(keep_fds: Collection[int] = ()) -> None:
+    """Close all descriptors but *keep_fds*; have nothing at 0, 1 and 2."""
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)

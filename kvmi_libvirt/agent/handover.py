@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TURN_S: Final = 10.0
-_EARLY_S: Final = early.APPEAR_S + early.READY_S + JOB_S
+_EARLY_S: Final = early.LONGEST_S + JOB_S
 
 
 class HandOver:
@@ -89,9 +89,7 @@ class HandOver:
                 ended.record = None
                 self._forget(ended)
         if outcome.early:
-            task = asyncio.create_task(self._watch_start(name, uuid, xml))
-            self._starts.add(task)
-            task.add_done_callback(self._starts.discard)
+            await self._begin_watch(name, uuid, xml)
         return outcome.veto
 
     async def _started(self, name: str, uuid: str, xml: bytes) -> str | None:
@@ -129,9 +127,39 @@ class HandOver:
         self._metrics.operation(operation, outcome)
         return outcome
 
-    async def _watch_start(self, name: str, uuid: str, xml: bytes) -> None:
+    async def _begin_watch(self, name: str, uuid: str, xml: bytes) -> None:
+        # The hook is told only when a worker has it: that one goes on without us.
+        begun: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def tell(is_begun: bool) -> None:
+            if not begun.done():
+                begun.set_result(is_begun)
+
+        task = asyncio.create_task(self._watch_start(name, uuid, xml, tell))
+        self._starts.add(task)
+        task.add_done_callback(self._starts.discard)
+        try:
+            is_begun = await asyncio.wait_for(begun, _TURN_S)
+        except asyncio.TimeoutError:
+            is_begun = False
+        if not is_begun:
+            raise KvmiLibvirtError("no worker to watch its start")
+
+    async def _watch_start(
+        self, name: str, uuid: str, xml: bytes, tell: Callable[[bool], None]
+    ) -> None:
         argument = {"name": name, "uuid": uuid}
-        outcome = await self._pool.run("early", argument, xml, timeout_s=_EARLY_S, lane=Lane.START)
+        try:
+            outcome = await self._pool.run(
+                "early",
+                argument,
+                xml,
+                timeout_s=_EARLY_S,
+                lane=Lane.START,
+                on_sent=lambda: tell(True),
+            )
+        finally:
+            tell(False)
         if outcome.record is None or outcome.channel is None:
             close_channel(outcome)
             if outcome.error is not None:

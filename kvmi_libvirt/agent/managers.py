@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 from kvmi_libvirt import machines
 from kvmi_libvirt.commandline import domain_of
 from kvmi_libvirt.errors import TargetNotFound
-from kvmi_libvirt.hook import is_required
 from kvmi_libvirt.policy.host import load_host_policy
 from kvmi_libvirt.policy.model import Mode
+from kvmi_libvirt.policy.required import is_required
 from kvmi_libvirt.policy.resolve import decide
 from kvmi_libvirt.proxmoxfiles import Files
 from kvmi_libvirt.qemu.process import open_domain

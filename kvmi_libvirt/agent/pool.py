@@ -68,23 +68,36 @@ class Pool:
         self.running = 0
 
     async def run(
-        self, job: str, argument: dict[str, str], xml: bytes, *, timeout_s: float, lane: Lane
+        self,
+        job: str,
+        argument: dict[str, str],
+        xml: bytes,
+        *,
+        timeout_s: float,
+        lane: Lane,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> Outcome:
         """Return what became of a job; its failure, too, is an outcome.
 
         Parameters
             timeout_s  for the answer; the job may go on when nobody waits any more
             lane       what it waits behind
+            on_sent    called when a worker has the job, and will do it even without us
         """
         async with self._lanes[lane]:
             self.running += 1
             try:
-                return await self._run(job, argument, xml, timeout_s)
+                return await self._run(job, argument, xml, timeout_s, on_sent)
             finally:
                 self.running -= 1
 
     async def _run(
-        self, job: str, argument: dict[str, str], xml: bytes, timeout_s: float
+        self,
+        job: str,
+        argument: dict[str, str],
+        xml: bytes,
+        timeout_s: float,
+        on_sent: Callable[[], None],
     ) -> Outcome:
         frame = frames.encode({"job": job, "argument": argument}, xml)
         try:
@@ -92,7 +105,7 @@ class Pool:
         except OSError as error:
             return _lost(f"no worker process: {error.strerror}", "NoWorker")
         try:
-            answer = await asyncio.wait_for(worker.call(frame), timeout_s)
+            answer = await asyncio.wait_for(worker.call(frame, on_sent), timeout_s)
         except asyncio.TimeoutError:
             worker.close()
             return _lost(
@@ -142,10 +155,11 @@ class _Worker:
         self._sock = sock
         sock.setblocking(False)
 
-    async def call(self, frame: bytes) -> Outcome:
+    async def call(self, frame: bytes, on_sent: Callable[[], None]) -> Outcome:
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(self._sock, frame)
         reach("job-sent")
+        on_sent()
         decoder = frames.Decoder()
         channel: int | None = None
         try:

@@ -7,7 +7,13 @@ May import everything below the hook, the agent and the command line.
 from __future__ import annotations
 
 from kvmi_libvirt.introspect.changing import change_vm, follow_policy, lower_vm
-from kvmi_libvirt.introspect.hooking import ALREADY_HOOKED, OnHooked, hook_vm, record_failure
+from kvmi_libvirt.introspect.hooking import (
+    ALREADY_HOOKED,
+    OnHooked,
+    ensure_hooked,
+    hook_vm,
+    record_failure,
+)
 from kvmi_libvirt.introspect.probing import SESSION_S, probe_revision
 from kvmi_libvirt.introspect.records import OVERTAKEN, abi_of, is_same_process
 from kvmi_libvirt.introspect.seeing import (
@@ -37,6 +43,7 @@ __all__ = [
     "change_vm",
     "channel_is_open",
     "clean_up",
+    "ensure_hooked",
     "follow_policy",
     "hook_vm",
     "interrupted",

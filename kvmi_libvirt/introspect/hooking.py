@@ -141,6 +141,32 @@ def hook_vm(
             raise
 
 
+def ensure_hooked(
+    process: Process,
+    domain: Domain,
+    policy: Policy,
+    *,
+    state: StateDir,
+    allow_standin: bool = False,
+    on_hooked: OnHooked | None = None,
+) -> VmState:
+    """Hook the VM as :func:`hook_vm` does, or find that somebody did it as *policy* says.
+
+    Returns
+        the recorded state, "hooked"
+    """
+    try:
+        return hook_vm(
+            process, domain, policy, state=state, allow_standin=allow_standin, on_hooked=on_hooked
+        )
+    except SessionError as error:
+        recorded = load_record(state, domain.uuid)
+        is_done = recorded is not None and recorded.policy == digest(policy)
+        if recorded is None or error.kind != ALREADY_HOOKED or not is_done:
+            raise
+        return recorded
+
+
 def record_failure(
     process: Process, name: str, uuid: str, mode: Mode, error: Exception, *, state: StateDir
 ) -> None:

@@ -6,6 +6,7 @@ With state and pidfiles in temporary directories; nothing is traced, no VM is ne
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -23,10 +24,11 @@ from hypothesis import strategies as st
 from kvmi_libvirt import hook as hook_module
 from kvmi_libvirt import hooklog
 from kvmi_libvirt.errors import PolicyRefused, PolicySyntaxError
-from kvmi_libvirt.hook import VETO, Hook, Operation, is_required, main, read_xml, scan
+from kvmi_libvirt.hook import VETO, Hook, Operation, main, read_xml
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.policy.host import HostPolicy
 from kvmi_libvirt.policy.model import NAMESPACE
+from kvmi_libvirt.policy.required import is_required, scan
 from kvmi_libvirt.qemu.process import Process
 from kvmi_libvirt.state import FAILED, HOOKED, StateDir, VmState
 from kvmi_libvirt.tool import connect
@@ -623,17 +625,17 @@ def test_only_an_early_start_is_watched_and_marked_before(
     watched = []
 
     def watch(domain: Domain, _policy: Policy) -> None:
-        assert state.is_start_marked(UUID)
+        assert (state.path / f"{UUID}.early").exists()
         watched.append(domain.name)
 
     hook = Hook(state=state, run_dir=tmp_path, watch_start=watch)
     text = DOMAINS["required"].replace(b'mode="required"', b'mode="required" early="%s"')
     assert hook.run(NAME, "start", text % early.encode()) is None
     assert watched == wanted
-    assert state.is_start_marked(UUID) == (early == "yes")
+    assert (state.path / f"{UUID}.early").exists() == (early == "yes")
     for operation in ("stopped", "release"):
         assert hook.run(NAME, operation, text % early.encode()) is None
-    assert not state.is_start_marked(UUID)
+    assert not (state.path / f"{UUID}.early").exists()
 
 
 def test_a_required_early_start_that_cannot_be_watched_is_refused(tmp_path: Path) -> None:
@@ -645,3 +647,113 @@ def test_a_required_early_start_that_cannot_be_watched_is_refused(tmp_path: Path
     veto = hook.run(NAME, "start", text)
     assert veto is not None
     assert "Resource temporarily unavailable" in veto
+
+
+EARLY_REQUIRED: Final = DOMAINS["required"].replace(b'mode="', b'early="yes" mode="')
+EARLY_OPTIONAL: Final = DOMAINS["optional"].replace(b'mode="', b'early="yes" mode="')
+
+
+@pytest.fixture
+def hooking(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace hooking by a list of what was hooked."""
+    done: list[str] = []
+
+    def ensure_hooked(
+        process: Process, domain: Domain, _policy: Policy, *, state: StateDir, **_: object
+    ) -> VmState:
+        done.append(domain.name)
+        new = record(process)
+        state.save(new)
+        return new
+
+    monkeypatch.setattr(hook_module, "ensure_hooked", ensure_hooked)
+    return done
+
+
+def test_an_early_hook_that_failed_is_a_veto_even_if_the_guest_does_not_run(
+    hook: Hook, state: StateDir, run_dir: Path, hooking: list[str]
+) -> None:
+    with running(run_dir) as process:
+        state.save(record(process, state=FAILED, socket_inode=0, error="no tool listens"))
+        veto = hook.run(NAME, "started", EARLY_REQUIRED)
+    assert veto is not None
+    assert veto.startswith("no tool listens; ")
+    assert hooking == []
+
+
+@pytest.mark.parametrize("source", ["unix:/run/kvmi/tool.sock", None])
+def test_where_it_is_optional_a_tool_is_called_once_at_a_start(
+    hook: Hook, state: StateDir, run_dir: Path, hooking: list[str], source: str | None
+) -> None:
+    with running(run_dir) as process:
+        failed = record(process, state=FAILED, socket_inode=0, error="not it", source=source)
+        state.save(failed)
+        assert hook.run(NAME, "started", EARLY_OPTIONAL) is None
+    # Without a source it was not even called: QEMU could not be had in time.
+    assert hooking == ([] if source else [NAME])
+
+
+def test_a_record_of_an_earlier_qemu_says_nothing(
+    hook: Hook, state: StateDir, run_dir: Path, hooking: list[str]
+) -> None:
+    with running(run_dir) as process:
+        old = process.start_ticks - 1
+        state.save(record(process, start_ticks=old, state=FAILED, socket_inode=0, error="old"))
+        assert hook.run(NAME, "started", EARLY_REQUIRED) is None
+    assert hooking == [NAME]
+
+
+def test_a_guest_that_ran_first_is_a_veto_or_told_in_the_record(
+    hook: Hook,
+    state: StateDir,
+    run_dir: Path,
+    hooking: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Process, "running_vcpus", lambda _process: ["CPU 0/KVM"])
+    with running(run_dir):
+        veto = hook.run(NAME, "started", EARLY_REQUIRED)
+        assert veto is not None
+        assert veto.startswith("the guest ran before it could be hooked (CPU 0/KVM); ")
+        assert hooking == []
+
+        assert hook.run(NAME, "started", EARLY_OPTIONAL) is None
+        assert hooking == [NAME]
+        found = state.load(UUID)
+    assert found is not None
+    assert (found.state, found.error) == (
+        HOOKED,
+        "the guest ran before it could be hooked (CPU 0/KVM)",
+    )
+
+
+def test_started_waits_for_a_watcher_that_is_still_at_work(
+    hook: Hook, state: StateDir, run_dir: Path, hooking: list[str]
+) -> None:
+    state.mark_start(UUID)
+    watcher = state.open_start(UUID)
+    assert watcher is not None
+    with running(run_dir) as process, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with watcher:
+            assert watcher.claim()
+            started = pool.submit(hook.run, NAME, "started", EARLY_REQUIRED)
+            while watcher.is_there():  # it is told that the start is over
+                assert not started.done()
+            state.save(record(process, state=FAILED, socket_inode=0, error="the tool is silent"))
+        veto = started.result(60)
+    assert veto is not None
+    assert veto.startswith("the tool is silent; ")
+
+
+def test_a_watcher_that_does_not_end_is_not_waited_for_for_ever(
+    hook: Hook, state: StateDir, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hook_module, "SESSION_S", -60.0)
+    state.mark_start(UUID)
+    watcher = state.open_start(UUID)
+    assert watcher is not None
+    with watcher, running(run_dir):
+        assert watcher.claim()
+        veto = hook.run(NAME, "started", EARLY_REQUIRED)
+    assert veto is not None
+    assert "does not come to an end" in veto

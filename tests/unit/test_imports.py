@@ -32,7 +32,10 @@ BASE: Final = frozenset({"errors", "newtypes", "quoting"})
 POLICY: Final = BASE | {"abi", "policy", "datafiles"}
 TRACING: Final = BASE | {"abi", "linux", "qemu"}
 SERVING: Final = (
-    TRACING | POLICY | {"plan", "tool", "session", "worker", "state", "sockdiag", "beforehand"}
+    TRACING
+    | POLICY
+    | {"plan", "tool", "session", "worker", "state", "startmark", "sockdiag"}
+    | {"beforehand"}
 )
 INSTALLING: Final = frozenset({"ownership", "installer", "installation", "daemons", "snippets"})
 MACHINES: Final = frozenset({"commandline", "proxmoxfiles"})
@@ -73,10 +76,11 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "tool.handshake": BASE | {"abi"},
         "tool.wire": BASE | {"abi"},
         "sockdiag": frozenset(),
-        "state": BASE,
+        "startmark": frozenset({"errors"}),
+        "state": BASE | {"startmark"},
         "hooklog": frozenset(),
         "introspect": SERVING | {"introspect"},
-        "early": SERVING | {"introspect", "linux"},
+        "early": SERVING | {"introspect", "linux", "commandline"},
         "hook": SERVING | {"introspect", "early", "linux", "hooklog"},
         "qmp": BASE,
         "commandline": frozenset({"policy"}),
