@@ -223,9 +223,10 @@ def _pid(name: str, run_dir: Path) -> Pid | None:
 
 def _of_start(pid: Pid, mark: StartMark) -> Process | None:
     # A pidfile of an earlier start may still lie there.
+    # It may even end while it is looked at.
     try:
         process = Process(pid)
-    except TargetNotFound:
+    except (TargetNotFound, TargetGone):
         return None
     if process.start_ticks + 1 < mark.made_ticks():
         process.close()

@@ -58,7 +58,7 @@ __all__ = ["hooker", "traced"]
 
 pytestmark = [pytest.mark.kvm, pytest.mark.libvirt, pytest.mark.seccomp]
 
-STARTS = starts_from_environment(8)
+STARTS = starts_from_environment(4)
 LATE_STARTS = max(3, STARTS // 10)
 SLOW_EVERY = 10 if STARTS >= 10 else 4
 SLOW_S = 2.0

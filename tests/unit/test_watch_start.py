@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from kvmi_libvirt import early
-from kvmi_libvirt.errors import KvmiLibvirtError, SessionError
+from kvmi_libvirt.errors import KvmiLibvirtError, SessionError, TargetGone
 from kvmi_libvirt.policy.element import parse_domain
 from kvmi_libvirt.policy.model import NAMESPACE
+from kvmi_libvirt.qemu import process as process_module
 from kvmi_libvirt.state import StateDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from kvmi_libvirt.newtypes import Pid
     from kvmi_libvirt.policy.element import Domain
     from kvmi_libvirt.qemu.process import Process
 
@@ -148,7 +150,28 @@ def test_a_process_that_ends_before_is_not_the_last_one(watch: Watch) -> None:
     with process_of("read line", "-uuid", UUID) as popen:
         watch.pidfile.write_text(f"{popen.pid}\n", encoding="ascii")
         watch.ends()
+        assert watch.failures == []
         assert watch.found == [popen.pid]
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_not_the_last_one(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = process_module.Process
+
+    def ends_meanwhile(pid: Pid) -> Process:
+        monkeypatch.setattr(early, "Process", really)
+        raise TargetGone(f"QEMU process {pid} has ended", pid=pid)
+
+    monkeypatch.setattr(early, "Process", ends_meanwhile)
+    watch.begin()
+    watch.pidfile.write_text(f"{os.getpid()}\n", encoding="ascii")
+    watch.wait()
+    with process_of("read line", "-uuid", UUID) as popen:
+        watch.pidfile.write_text(f"{popen.pid}\n", encoding="ascii")
+        watch.ends()
+        assert watch.found == [popen.pid]
+    assert watch.failures == []
 
 
 def test_what_an_earlier_start_left_is_not_taken(watch: Watch) -> None:
