@@ -191,6 +191,31 @@ def process_vm_readv(pid: Pid, address: RemoteAddr, length: int) -> bytes:
     return buffer.raw
 
 
+class RemoteReader:
+    """Reads the same number of bytes of other processes again and again, quicker than once.
+
+    Not for several threads at a time.
+    """
+
+    def __init__(self, length: int) -> None:
+        """Take a buffer of *length* bytes."""
+        self._length = length
+        self._buffer = ctypes.create_string_buffer(length)
+        self._iovecs = _two_iovecs(ctypes.addressof(self._buffer), length, 0, length)
+        self._local = ctypes.addressof(self._iovecs)
+
+    def read(self, pid: Pid, address: RemoteAddr) -> bytes:
+        """Do what :func:`process_vm_readv` does."""
+        self._iovecs[2] = address
+        local = self._local
+        count = _process_vm_readv(pid, local, 1, local + _IOVEC_LEN, 1, 0)
+        if count == self._length:
+            return self._buffer.raw
+        if count == -1:
+            raise_errno("process_vm_readv", pid, hex(address), self._length)
+        raise OSError(errno.EFAULT, f"process_vm_readv({pid}, {address:#x}): short read")
+
+
 def process_vm_writev(pid: Pid, address: RemoteAddr, data: bytes) -> None:
     """Write *data* at *address* of process *pid*; OSError EFAULT if unmapped."""
     buffer = ctypes.create_string_buffer(data, len(data))

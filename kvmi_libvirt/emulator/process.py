@@ -188,6 +188,10 @@ def thread_group(tid: Tid) -> Pid:
     raise ProcessLookupError(errno.ESRCH, f"no Tgid in /proc/{tid}/status")
 
 
+# One for each length there is; a supervisor has one thread.
+_readers: Final[dict[int, linux.RemoteReader]] = {}
+
+
 def read_argument(tid: Tid, address: RemoteAddr, length: int) -> bytes | None:
     """Return the *length* bytes an ioctl points to, or None where the kernel says EFAULT.
 
@@ -196,8 +200,11 @@ def read_argument(tid: Tid, address: RemoteAddr, length: int) -> bytes | None:
     """
     if not length:
         return b""
+    reader = _readers.get(length)
+    if reader is None:
+        reader = _readers[length] = linux.RemoteReader(length)
     try:
-        return linux.process_vm_readv(Pid(tid), address, length)
+        return reader.read(Pid(tid), address)
     except OSError as error:
         if error.errno == errno.EFAULT:
             return None

@@ -260,7 +260,10 @@ class Tracee:
         regs.orig_rax = _WORD  # else the kernel may step rip back once more
         regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9 = (*args, 0, 0, 0, 0, 0, 0)[:6]
         self._dirty = True
-        self._request("PTRACE_SETREGS", self._kernel.ptrace_setregs, regs)
+        try:
+            self._kernel.ptrace_setregs(self._tid, regs)
+        except OSError as error:
+            self._fail("PTRACE_SETREGS", error)
         self._trace("call-prepared")
         try:
             self._resume_to_syscall_stop()
@@ -294,7 +297,10 @@ class Tracee:
     def _resume_to_syscall_stop(self) -> None:
         while True:
             self._stopped = False
-            self._request("PTRACE_SYSCALL", self._kernel.ptrace_syscall)
+            try:
+                self._kernel.ptrace_syscall(self._tid)
+            except OSError as error:
+                self._fail("PTRACE_SYSCALL", error)
             status = self._wait()
             if status >> 16 == 0 and os.WSTOPSIG(status) == _SYSCALL_STOP:
                 return
@@ -341,12 +347,15 @@ class Tracee:
         try:
             request(self._tid, *args)
         except OSError as error:
-            if error.errno == errno.ESRCH and self._process.is_ending(error):
-                self._stopped = self._dirty = False
-                raise gone(self._process) from error
-            raise TraceError(
-                error.errno or 0, "could not continue", call=name, tid=self._tid
-            ) from error
+            self._fail(name, error)
+
+    def _fail(self, name: str, error: OSError) -> NoReturn:
+        if error.errno == errno.ESRCH and self._process.is_ending(error):
+            self._stopped = self._dirty = False
+            raise gone(self._process) from error
+        raise TraceError(
+            error.errno or 0, "could not continue", call=name, tid=self._tid
+        ) from error
 
     # -- releasing -------------------------------------------------------------------
 
