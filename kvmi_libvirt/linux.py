@@ -180,15 +180,7 @@ def wait_stop(tid: Tid) -> int | None:
 
 def process_vm_readv(pid: Pid, address: RemoteAddr, length: int) -> bytes:
     """Return *length* bytes at *address* of process *pid*; OSError EFAULT if unmapped."""
-    buffer = ctypes.create_string_buffer(length)
-    iovecs = _two_iovecs(ctypes.addressof(buffer), length, address, length)
-    local = ctypes.addressof(iovecs)
-    count = _process_vm_readv(pid, local, 1, local + _IOVEC_LEN, 1, 0)
-    if count == -1:
-        raise_errno("process_vm_readv", pid, hex(address), length)
-    if count != length:
-        raise OSError(errno.EFAULT, f"process_vm_readv({pid}, {address:#x}): short read")
-    return buffer.raw
+    return RemoteReader(length).read(pid, address)
 
 
 class RemoteReader:
@@ -205,7 +197,7 @@ class RemoteReader:
         self._local = ctypes.addressof(self._iovecs)
 
     def read(self, pid: Pid, address: RemoteAddr) -> bytes:
-        """Do what :func:`process_vm_readv` does."""
+        """Return the bytes at *address* of process *pid*; OSError EFAULT if unmapped."""
         self._iovecs[2] = address
         local = self._local
         count = _process_vm_readv(pid, local, 1, local + _IOVEC_LEN, 1, 0)
