@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = 10.0) -> None:
@@ -22,6 +24,31 @@ def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = 1
         if time.monotonic() > deadline:
             pytest.fail(f"not within {timeout_s} s: {what}")
         time.sleep(0.002)
+
+
+def stop_process(pid: int) -> None:
+    """Send SIGSTOP, and wait until the process has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{pid}/stat")
+    wait_until(
+        lambda: stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T",
+        what=f"process {pid} stops",
+    )
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Keep process *pid* stopped for the block."""
+    stop_process(pid)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def start_ticks(pid: int) -> int:
+    """Return when process *pid* started, in clock ticks after boot."""
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
 
 
 def require_tool(name: str, package: str) -> str:

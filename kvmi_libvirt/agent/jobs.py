@@ -98,7 +98,8 @@ class Outcome:
         early       a start is to be watched, by the job of that name
         leaving_s   the tool was asked to let go, and has so many seconds
         warning     what is wrong with the VM though it is hooked
-        had_left    the tool of a VM that is on record as hooked was found gone
+        left        inode of the channel that its tool, unasked, was found to have ended;
+                    0 for none
         must_call   nothing was done: the tool has to be called, and may not be yet
         veto        why libvirt is to be told no
         stall_us, gap_us, took_us   what hooking cost
@@ -113,7 +114,7 @@ class Outcome:
     is_gone: bool = False
     leaving_s: int | None = None
     warning: str | None = None
-    had_left: bool = False
+    left: int = 0
     must_call: bool = False
     early: bool = False
     veto: str | None = None
@@ -244,7 +245,9 @@ class Jobs:
                 record=record,
                 is_open=self._is_open(record),
             )
-            self._outcome.had_left = bool(record and record.socket_inode) and not seen.is_open
+            if record is not None and not seen.is_open and not record.leaving:
+                was_asked = argument["asked"] == str(record.socket_inode)
+                self._outcome.left = 0 if was_asked else record.socket_inode
             step = next_step(seen)
             if step is Step.HOOK and not argument["may_call"]:
                 self._outcome.must_call = True

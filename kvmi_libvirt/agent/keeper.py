@@ -257,8 +257,8 @@ class Keeper:
                 self.gone(vm)
             return
         before = vm.record, vm.error
+        self._note_left(vm, outcome.left)
         vm.take(outcome)
-        vm.has_left = vm.has_left or outcome.had_left
         self._metrics.note(outcome, is_again=vm.has_left)
         if vm.record is None or vm.record.state == st.HOOKED:
             vm.has_left = False
@@ -291,11 +291,21 @@ class Keeper:
             self._departed(vm)
 
     def _departed(self, vm: Vm) -> None:
-        self._metrics.tool_left()
-        vm.has_left = True
         record = vm.record
-        if self._records.note_departure(vm) and record is not None:
-            telling.tell_departure(vm, record)
+        if record is not None and not record.leaving:
+            self._note_left(vm, record.socket_inode)
+        self._records.note_departure(vm)
+        self._retries.call_again(vm)
+
+    def _note_left(self, vm: Vm, inode: int) -> None:
+        # Once for each channel, whether the watcher saw its end first or a job did.
+        if not inode or inode == vm.departed:
+            return
+        vm.departed = inode
+        vm.has_left = True
+        self._metrics.tool_left()
+        if vm.record is not None and vm.record.state == st.HOOKED:
+            telling.tell_departure(vm, vm.record)
         self._retries.left(vm)
 
     def gone(self, vm: Vm) -> None:

@@ -47,17 +47,14 @@ class Records:
             return self._state.load(vm.uuid) != vm.record
         return False
 
-    def note_departure(self, vm: Vm) -> bool:
+    def note_departure(self, vm: Vm) -> None:
         """Note that the tool of *vm* has gone, in the agent's memory and on disk.
 
         Nothing is in force any more, whatever the ioctls would say.
-
-        Returns
-            False when nothing was in force
         """
         record = vm.record
         if record is None or record.state != st.HOOKED:
-            return False
+            return
         vm.record = dataclasses.replace(
             record, state=st.WAITING, commands=(), events=(), all_ids=(), error=TOOL_LEFT
         )
@@ -65,7 +62,6 @@ class Records:
         with contextlib.suppress(StateError), self._state.locked(vm.uuid, deadline=0.0):
             if self._state.load(vm.uuid) == record:
                 self._state.save(vm.record)
-        return True
 
     def remove_dead(self, uuid: str) -> None:
         """Remove the record of a VM, unless its process runs."""

@@ -83,13 +83,16 @@ class Retries:
         vm.came_s = asyncio.get_running_loop().time()
 
     def left(self, vm: Vm) -> None:
-        """Call the tool of *vm* again, which has gone: at once, or not if it does that often."""
+        """Note that the tool of *vm* has gone."""
         vm.tries = 0
-        loop = asyncio.get_running_loop()
-        # A tool that comes and goes is not run after: each time it gets twice as long.
-        is_flap = loop.time() - vm.came_s < _FLAP_S
+        is_flap = asyncio.get_running_loop().time() - vm.came_s < _FLAP_S
         vm.flaps = vm.flaps + 1 if is_flap else 0
+
+    def call_again(self, vm: Vm) -> None:
+        """Call the tool of *vm*, which has gone: at once, or later if it goes often."""
+        # A tool that comes and goes is not run after: each time it gets twice as long.
         if vm.flaps > 1:
+            loop = asyncio.get_running_loop()
             self.stop(vm)
             vm.retry = loop.call_later(_FLAP_BACKOFF.delay_s(vm.flaps - 1), self.now, vm)
         else:

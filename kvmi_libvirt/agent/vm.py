@@ -31,6 +31,7 @@ class Vm:
         warning  what is wrong with it though it is hooked
         has_left its tool has gone, and it was not hooked again since
         ended    inode of its channel, if that ended while a job was under way
+        departed inode of the last channel whose end was put down to its tool
 
     Of channels:
         channel  our copy of its channel, as watched; None where it cannot be watched
@@ -57,6 +58,7 @@ class Vm:
     warning: str | None = None
     has_left: bool = False
     ended: int = 0
+    departed: int = 0
 
     channel: int | None = None
     parting: asyncio.Future[bool] | None = None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support import wait_for_supervisor, wait_until
+from support import stop_process, wait_for_supervisor, wait_until
 
 from kvmi_libvirt import linux
 from kvmi_libvirt.abi.kvmi import KVM_CHECK_EXTENSION, Ioctl, KvmiAbi
@@ -46,16 +46,6 @@ def feature(allow: int, feature_id: int) -> str:
 def hook_argument(fd: int, *, padding: int = 0, uuid: bytes = bytes(16)) -> str:
     """Return the argument of HOOK, in hex."""
     return struct.pack("=iI16s", fd, padding, uuid).hex()
-
-
-def stop_process(pid: int) -> None:
-    """Send SIGSTOP, and wait until the process has stopped."""
-    os.kill(pid, signal.SIGSTOP)
-    stat = Path(f"/proc/{pid}/stat")
-    wait_until(
-        lambda: stat.read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T",
-        what=f"process {pid} stops",
-    )
 
 
 def wait_until_notified(tid: int) -> None:

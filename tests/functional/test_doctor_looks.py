@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support import start_ticks
 
 from kvmi_libvirt.abi.probing import Outcome
 from kvmi_libvirt.doctor import look_kernel, look_logs, look_security, look_vm
@@ -127,10 +128,6 @@ def guest(*arguments: str) -> Iterator[int]:
         assert running.stdout is not None
         running.stdout.readline()
         yield running.pid
-
-
-def start_ticks(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
 
 
 def record(pid: int, **changes: object) -> VmState:

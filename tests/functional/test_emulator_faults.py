@@ -23,12 +23,11 @@ from emulator_harness import (
     feature,
     hook_argument,
     received,
-    stop_process,
     tool_pair,
     wait_for_end,
     wait_until_notified,
 )
-from support import supervisor_of, wait_for_supervisor
+from support import stop_process, supervisor_of, wait_for_supervisor
 
 from kvmi_libvirt.abi.kvmi import Ioctl, KvmiAbi
 from kvmi_libvirt.abi.v7 import V7

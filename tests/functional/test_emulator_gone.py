@@ -16,10 +16,10 @@ import pytest
 from agent_harness import INFO, READ, programs
 from agent_rig import Wanted, domain_xml, write_policy
 from emulator_harness import EMULATOR_ENDED as ENDED
-from emulator_harness import end_supervisor, stop_process
+from emulator_harness import end_supervisor
 from fleet import Fleet, StandIn
 from patient_tool import PatientTool
-from support import wait_until
+from support import stop_process, wait_until
 
 from kvmi_libvirt import introspect, session
 from kvmi_libvirt import state as st

@@ -47,7 +47,7 @@ from agent_support import (
 )
 from live_support import BIN, allowed, cli, element, probe
 from patient_tool import PatientTool
-from support import wait_until
+from support import stopped, wait_until
 from two_hosts import SecondHost, migrate, second_host
 
 from kvmi_libvirt import introspect, session, worker
@@ -175,10 +175,10 @@ def test_a_dead_channel_is_seen_though_every_ioctl_still_succeeds(
     vm.define(element(vm.socket, commands=(INFO,)))
     vm.must_start()
     assert tool.wait(at_least=1, timeout_s=WAIT_S) == 1
-    record = StateDir().load(vm.uuid)
-    assert record is not None
-    os.kill(agent.pid, signal.SIGSTOP)  # it would take the dead hook off
-    try:
+    # The agent would take the dead hook off; a job of its may be under way, and waits.
+    with StateDir().locked(vm.uuid, deadline=time.monotonic() + WAIT_S), stopped(agent.pid):
+        record = StateDir().load(vm.uuid)
+        assert record is not None
         tool.drop(vm.uuid)
         wait_until(lambda: not introspect.channel_is_open(record), what="the channel ends")
         with open_domain(vm.name, vm.uuid) as process:
@@ -195,8 +195,6 @@ def test_a_dead_channel_is_seen_though_every_ioctl_still_succeeds(
             what="the ioctl is traced",
         )
         assert vm.trace(vm.pid())[-1]["errno"] == 0
-    finally:
-        os.kill(agent.pid, signal.SIGCONT)
     wait_state(agent, vm, "failed")
     assert rights(agent, vm) == set()
     assert "kvmi_libvirt_tool_departures_total 1.0" in agent.metrics()

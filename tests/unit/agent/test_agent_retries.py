@@ -111,11 +111,13 @@ def test_a_tool_that_left_is_called_at_once_and_one_that_flaps_ever_later() -> N
     def body(desk: Desk) -> None:
         desk.retries.came(desk.vm)
         desk.retries.left(desk.vm)
+        desk.retries.call_again(desk.vm)
         assert desk.looks == [desk.vm]
         waits = []
         for _ in range(4):
             desk.retries.came(desk.vm)
             desk.retries.left(desk.vm)
+            desk.retries.call_again(desk.vm)
             waits.append(desk.waits_s())
         assert desk.looks == [desk.vm]
         assert waits == pytest.approx([1, 2, 4, 8], abs=0.5)
@@ -132,6 +134,7 @@ def test_a_tool_that_stayed_does_not_flap() -> None:
         desk.vm.came_s = asyncio.get_running_loop().time() - 11
         desk.vm.flaps = 5
         desk.retries.left(desk.vm)
+        desk.retries.call_again(desk.vm)
         assert desk.looks == [desk.vm]
         assert desk.vm.retry is None
 
