@@ -72,7 +72,7 @@ class Metrics:
         self._refusals = counter("refusals", "VMs not hooked, by the kind of failure", "reason")
         self._vetoes = counter("vetoes", "VM starts refused")
         self._reconnects = counter("reconnects", "VMs hooked again after their tool went away")
-        self._departures = counter("tool_departures", "Channels that their tool ended")
+        self._departures = counter("tool_departures", "Channels that their tool ended unasked")
         self._retries = counter("retries", "Attempts planned because one failed")
 
     def operation(self, operation: str, outcome: Outcome) -> None:

@@ -47,6 +47,7 @@ pytestmark = [
 ]
 
 ROUNDS = 10_000 if SOAK else 150
+TELL_ROUNDS = 250
 RANDOM_KILLS = 1_000 if SOAK else 60
 KILL_STRIDE = 1 if SOAK else 4
 
@@ -250,12 +251,20 @@ def test_round_after_round_nothing_fails_and_nothing_grows(
 
     qemu.visit(plan)
     before = qemu.size()
+    started = time.monotonic()
     with monitor_load(qemu) as latencies:
-        for _ in range(ROUNDS):
+        for number in range(1, ROUNDS + 1):
             try:
                 qemu.visit(plan)
-            except SessionError:
+            except SessionError as error:
                 failures += 1
+                with capsys.disabled():
+                    print(f" round {number}: {error}")
+            if number % TELL_ROUNDS == 0:
+                now = qemu.size()
+                with capsys.disabled():
+                    took_s = time.monotonic() - started
+                    print(f" {number} rounds in {took_s:.0f} s, {failures} failures, {now}")
     after = qemu.size()
 
     assert failures == 0
