@@ -182,8 +182,15 @@ class Process:
         return boottime_s - self.start_ticks / os.sysconf("SC_CLK_TCK")
 
     def command_line(self) -> list[str]:
-        """Return the arguments it was started with; undecodable bytes are escaped."""
-        raw = self.read("cmdline")
+        """Return the arguments it was started with; undecodable bytes are escaped.
+
+        For a moment in execve(2) a process has none; that is waited for, 1 s at most.
+        Raises TargetGone when it is ending, which leaves it without, too.
+        """
+        deadline = time.monotonic() + _EXECVE_S
+        while not (raw := self.read("cmdline")) and time.monotonic() < deadline:
+            self._require_not_exiting()
+            time.sleep(0.001)
         return [os.fsdecode(argument) for argument in raw.split(b"\0")[:-1]]
 
     def require_uuid(self, uuid: str) -> None:
@@ -195,17 +202,9 @@ class Process:
         self._require_option("-id", str(vmid), f"VM {vmid}")
 
     def _require_option(self, option: str, value: str, whose: str) -> None:
-        arguments = self.command_line()
-        # A process has none when its memory is gone, and for a moment in execve(2).
-        deadline = time.monotonic() + _EXECVE_S
-        while not arguments and self.is_alive() and time.monotonic() < deadline:
-            self._require_not_exiting()
-            time.sleep(0.001)
-            arguments = self.command_line()
-        for name, given in itertools.pairwise(arguments):
+        for name, given in itertools.pairwise(self.command_line()):
             if name == option and given.lower() == value.lower():
                 return
-        self._require_not_exiting()  # it has no command line then
         raise TargetChanged(
             f"process {self.pid} is not the QEMU of {whose}: its command line has no such {option}",
             pid=self.pid,

@@ -261,8 +261,25 @@ def test_a_process_that_ends_but_is_not_yet_reaped_is_gone(
         process.require_traceable,
         process.vm_fds,
         process.require_main_thread,
+        process.command_line,
         lambda: process.require_uuid("5a4a2b4e-0000-4000-8000-000000000000"),
     ):
         with pytest.raises(TargetGone):
             ask()
     assert not traced_threads(victim.pid)
+
+
+def test_a_process_that_executes_another_program_is_never_without_arguments(
+    victim: Victim, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An emulator's wrapper becomes QEMU so; taken for a QEMU without "-incoming" meanwhile, one
+    # that restores a VM was hooked before its memory was there.
+    read = Process.read
+    empty = [b"", b""]  # as /proc has it between the old program and the new one
+
+    def read_in_execve(self: Process, name: str) -> bytes:
+        return empty.pop() if name == "cmdline" and empty else read(self, name)
+
+    monkeypatch.setattr(Process, "read", read_in_execve)
+    assert process.command_line() == victim.popen.args
+    assert not empty
