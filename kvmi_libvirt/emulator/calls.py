@@ -36,13 +36,14 @@ from kvmi_libvirt.newtypes import RemoteAddr, RemoteFd, Tid
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvmi_libvirt.emulator.kernel import Kernel
+    from kvmi_libvirt.emulator.kernel import Kernel, VmState
     from kvmi_libvirt.emulator.listener import Call, Listener
     from kvmi_libvirt.emulator.process import Process
     from kvmi_libvirt.emulator.registry import Registry, Vm
     from kvmi_libvirt.emulator.standby import OpenCalls
     from kvmi_libvirt.emulator.trace import Trace
 
+_FEATURES: Final = (Ioctl.COMMAND, Ioctl.EVENT)
 _SET_REGION: Final = (KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2)
 
 
@@ -240,6 +241,8 @@ class Calls:
             return self._answer(call, ioctl, argument, Answer(errno=errno.EINVAL))
         vm = known or self._registry.find(process, call.tid, call.fd)
         same_mm = vm.is_owned_by(call.tid)
+        if ioctl in _FEATURES and not self._locks:
+            return self._feature(call, vm, ioctl, argument, same_mm=same_mm)
         self._require_waiting(call)
         refusal = self._kernel.refuse(ioctl, argument, same_mm=same_mm)
         if refusal is not None:
@@ -251,6 +254,17 @@ class Calls:
                 lock.waiting.append(made)
                 return None
         return self._carry_out(made)
+
+    def _feature(
+        self, call: Call, vm: Vm, ioctl: Ioctl, argument: bytes | None, *, same_mm: bool
+    ) -> Answer:
+        # A tracer makes dozens of these while QEMU stands still. That the answer finds the
+        # caller waiting is as good as having asked before; where it does not, nothing was done.
+        state = vm.state
+        undo = partial(_set_masks, state, state.commands, state.events)
+        answer = self._kernel.handle(state, ioctl, argument, same_mm=same_mm)
+        assert isinstance(answer, Answer)
+        return self._answer(call, ioctl, argument, answer, undo)
 
     def _carry_out(self, made: _Introspection) -> Answer | None:
         answer = self._decide(made)
@@ -269,11 +283,15 @@ class Calls:
         answer: Answer,
         undo: Callable[[], None] | None = None,
     ) -> Answer:
-        if self._listener.answer(call, value=answer.value, error=answer.errno):
+        is_answered = False
+        try:
+            is_answered = self._listener.answer(call, value=answer.value, error=answer.errno)
+        finally:
+            if undo is not None and not is_answered:
+                undo()
+        if is_answered:
             args = partial(traced_args, ioctl, argument, call.argument)
             self._trace.ioctl(call.tid, ioctl.value, call.request, args, errno=answer.errno)
-        elif undo is not None:
-            undo()
         return answer
 
     def _decide(self, made: _Introspection) -> Answer | None:
@@ -354,3 +372,7 @@ class Calls:
                 self._locks[-1].waiting.extend(lock.waiting)
                 return
             self._open_calls.drop(waiting.call)
+
+
+def _set_masks(state: VmState, commands: int, events: int) -> None:
+    state.commands, state.events = commands, events

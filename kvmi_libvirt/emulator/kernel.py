@@ -13,18 +13,12 @@ data is in tests/data/emulator-kernel-replay.jsonl); the patch series for the re
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from kvmi_libvirt.abi.kvmi import (
-    ALL_IDS,
-    Ioctl,
-    kvm_introspection_feature,
-    kvm_introspection_hook,
-)
+from kvmi_libvirt.abi.kvmi import ALL_IDS, Ioctl
 from kvmi_libvirt.emulator.faults import NO_FAULTS
 
 if TYPE_CHECKING:
@@ -104,16 +98,16 @@ class SendUnhookEvent:
     seq: int
 
 
+_DONE: Final = Answer()
+
 Outcome: TypeAlias = Answer | TakeSocket | SendUnhookEvent
 
 
 def argument_len(ioctl: Ioctl) -> int:
     """Return the length in bytes of the structure *ioctl* points to; 0 if it takes none."""
     if ioctl is Ioctl.HOOK:
-        return ctypes.sizeof(kvm_introspection_hook)
-    if ioctl is Ioctl.COMMAND or ioctl is Ioctl.EVENT:
-        return ctypes.sizeof(kvm_introspection_feature)
-    return 0
+        return _HOOK.size
+    return _FEATURE.size if ioctl is Ioctl.COMMAND or ioctl is Ioctl.EVENT else 0
 
 
 class Kernel:
@@ -268,7 +262,7 @@ class Kernel:
             vm.commands |= self._always_allowed
         else:
             vm.events = _changed(vm.events, selected, allow=allow)
-        return Answer()
+        return _DONE
 
     def _slots(self, ioctl: Ioctl) -> int:
         return self.abi.command_slots if ioctl is Ioctl.COMMAND else self.abi.event_slots

@@ -43,6 +43,7 @@ LOOKS_A_TURN: Final = 64
 TURN_LIMIT_S: Final = 20.0
 """Longer than any disk keeps the trace waiting, shorter than anybody waits for a QEMU."""
 
+_CALM_S: Final = 0.05  # without anything to do, then no turn's time is taken
 _QUIET_S: Final = 0.001  # without any call, then the trace is written
 _FEW: Final = 128  # processes or hooked VMs that need no higher limit of descriptors
 
@@ -106,29 +107,36 @@ class Supervisor:
         example: after *limit_s* SIGALRM ends this process, and QEMU goes on.
         """
         is_used = True
-        while is_used:
-            ready = self._wait()
-            signal.setitimer(signal.ITIMER_REAL, limit_s)
-            is_used = self._serve(ready)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        with _Limit(limit_s) as limit:
+            while is_used:
+                ready = self._wait(_CALM_S if limit.is_on else None)
+                is_quiet = not ready
+                limit.begin_turn()
+                is_used = self._serve(ready)
+                if is_quiet:
+                    limit.end()
         self._trace.flush()
 
     def serve_once(self) -> bool:
         """Wait for something to do and do it; False when no task uses the filter any more."""
         return self._serve(self._wait())
 
-    def _wait(self) -> dict[int, int]:
-        return dict(self._epoll.poll(self._timeout_s()))
+    def _wait(self, at_most_s: float | None = None) -> dict[int, int]:
+        timeout_s = self._timeout_s()
+        if at_most_s is not None and (timeout_s is None or timeout_s > at_most_s):
+            timeout_s = at_most_s
+        return dict(self._epoll.poll(timeout_s))
 
     def _serve(self, ready: dict[int, int]) -> bool:
         # With a tool that floods there is never nothing to do.
         if not ready or self._trace.is_overdue:
             self._trace.flush()
         listener = ready.pop(self._listener.fd, 0)
-        # First of all, so that a process number that was reused is not mistaken.
-        for pidfd in ready.keys() & self._processes.keys() if ready else ():
-            self._process_ended(pidfd)
-            del ready[pidfd]
+        if ready:
+            # First of all, so that a process number that was reused is not mistaken.
+            for pidfd in ready.keys() & self._processes.keys():
+                self._process_ended(pidfd)
+                del ready[pidfd]
         if listener & select.EPOLLIN:
             call = self._listener.receive()
             if call is not None:
@@ -238,3 +246,31 @@ class Supervisor:
             self._epoll.unregister(fd)
             del self._interests[fd]
             self._deadlines.pop(fd, None)
+
+
+class _Limit:
+    # How long a turn may take, by a timer that ends the process. It runs on while one call
+    # follows another: to start and stop it for each is a good part of what a call costs. So
+    # is a timer that is due before the kernel's next tick, as a wait of a millisecond has it.
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._renew_at = 0.0
+        self.is_on = False
+
+    def __enter__(self) -> _Limit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def begin_turn(self) -> None:
+        # A turn has at least 9 tenths of the limit.
+        now = time.monotonic()
+        if not self.is_on or now >= self._renew_at:
+            signal.setitimer(signal.ITIMER_REAL, self._limit_s)
+            self._renew_at = now + self._limit_s / 10
+            self.is_on = True
+
+    def end(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.is_on = False

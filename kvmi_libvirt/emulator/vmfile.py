@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FLOCK: Final = struct.Struct("hhqqi0q")  # struct flock: type, whence, start, len, pid
 _OFFSET_BYTES: Final = 7  # offsets are signed 64-bit
 _FDINFO_LEN: Final = 16 * 1024
+_fdinfo: Final = bytearray(_FDINFO_LEN)  # what was read last; a supervisor has one thread
 
 
 class Inode:
@@ -152,10 +153,10 @@ class Place:
     def has(self, file: VmFile) -> bool:
         """Say whether the fd is *file* now."""
         try:
-            text = os.pread(self._info, _FDINFO_LEN, 0)
+            length = os.preadv(self._info, (_fdinfo,), 0)
         except OSError:  # the process, or the fd, is gone
             return False
-        return file.in_fdinfo in text
+        return _fdinfo.find(file.in_fdinfo, 0, length) >= 0
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -157,7 +157,7 @@ class Tracee:
         try:
             # The pid could have been re-used between identification and SEIZE.
             self._process.require_alive()
-            self._urgency.begin()
+            self.hurry()
             self._request("PTRACE_INTERRUPT", self._kernel.ptrace_interrupt)
             self._wait_event_stop()
             self.stopped_at_s = time.monotonic()
@@ -165,7 +165,6 @@ class Tracee:
             self._saved = self._kernel.ptrace_getregs(self._tid)
             self._require_parked(looked)
             self._regs = parked.call_registers(self._saved)
-            self.hurry()
         except BaseException:
             self.release()
             raise

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,10 +227,8 @@ def assert_(received_call: object) -> None:
     assert received_call is not None
 
 
-def test_supervisor_when_it_hangs_then_it_ends_itself_and_qemu_goes_on(
-    laboratory: Laboratory,
-) -> None:
-    vm = laboratory.make_vm()
+def limited_child(laboratory: Laboratory, limit_s: float) -> int:
+    """Have a process that serves the laboratory's calls instead of it, each within the limit."""
     child = os.fork()
     if child == 0:
         try:
@@ -239,14 +239,56 @@ def test_supervisor_when_it_hangs_then_it_ends_itself_and_qemu_goes_on(
                 laboratory.supervisor = Supervisor(
                     laboratory.listener, V12, trace, stand_in=False, open_calls=calls
                 )
-                laboratory.supervisor.run(limit_s=0.2)
+                laboratory.supervisor.run(limit_s=limit_s)
         finally:
             os._exit(1)
+    return child
+
+
+def voluntary_switches(pid: int) -> str:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return status.partition("\nvoluntary_ctxt_switches:")[2].split()[0]
+
+
+@pytest.mark.parametrize("calls_before", [0, 3])
+def test_supervisor_when_it_hangs_then_it_ends_itself_and_qemu_goes_on(
+    laboratory: Laboratory, calls_before: int
+) -> None:
+    vm = laboratory.make_vm()
+    child = limited_child(laboratory, 0.2)
+    for _ in range(calls_before):
+        laboratory._ask("ioctls", fd=vm, request=COMMAND, arguments=[feature(1, 8)])
+        assert laboratory.answer() == ["EIO"]  # it does not know who made the VM
     # Its argument lies in a page that nobody brings: who reads it, sleeps.
     laboratory._ask("ioctl_at_missing_page", fd=vm, request=COMMAND)
 
     assert os.waitpid(child, 0)[1] == signal.SIGALRM
     assert laboratory.answer() == "ENOSYS"
+
+
+def test_supervisor_when_it_is_busy_or_idle_for_longer_than_a_turn_may_take_then_it_lives(
+    laboratory: Laboratory,
+) -> None:
+    vm = laboratory.make_vm()
+    limit_s = 1.0
+    child = limited_child(laboratory, limit_s)
+    busy_until = time.monotonic() + 2 * limit_s
+    while time.monotonic() < busy_until:
+        laboratory._ask("ioctls", fd=vm, request=COMMAND, arguments=[feature(1, 8)])
+        assert laboratory.answer() == ["EIO"]  # it does not know who made the VM
+
+    pidfd = os.pidfd_open(child)
+    try:
+        assert not select.select([pidfd], [], [], limit_s)[0]
+        switches = voluntary_switches(child)
+        assert not select.select([pidfd], [], [], limit_s)[0]
+        assert voluntary_switches(child) == switches  # it sleeps
+        laboratory._ask("ioctls", fd=vm, request=COMMAND, arguments=[feature(1, 8)])
+        assert laboratory.answer() == ["EIO"]  # it does not know who made the VM
+    finally:
+        os.close(pidfd)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 # -- before Python serves ------------------------------------------------------------------

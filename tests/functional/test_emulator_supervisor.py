@@ -7,6 +7,7 @@ on itself: so a moment inside an iteration can be chosen.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import struct
@@ -31,7 +32,7 @@ from kvmi_libvirt.abi.seccomp import SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.emulator import calls as calls_module
 from kvmi_libvirt.emulator.calls import Calls
-from kvmi_libvirt.emulator.kernel import Answer
+from kvmi_libvirt.emulator.kernel import Answer, Kernel, VmState
 from kvmi_libvirt.emulator.listener import Call, Listener
 from kvmi_libvirt.emulator.process import read_argument
 from kvmi_libvirt.emulator.registry import Registry
@@ -217,11 +218,49 @@ def test_caller_when_killed_after_its_memory_was_read_then_nothing_is_decided_or
     decided: list[Any] = []
     monkeypatch.setattr(calls_module, "read_argument", reading)
     monkeypatch.setattr(Calls, "_decide", lambda *args, **_: decided.append(args))
-    laboratory._ask("ioctls", fd=vm, request=COMMAND, arguments=[feature(1, 8)])
+    laboratory._ask("ioctls", fd=vm, request=HOOK, arguments=[hook_argument(0)])
     laboratory.supervisor.run()
 
     assert decided == []
     assert laboratory.errors() == []
+    assert HOOK not in [int(line["request"], 16) for line in trace_lines(laboratory.trace_path)]
+
+
+@pytest.mark.parametrize("how", ["answers", "fails to"])
+def test_grant_when_its_caller_is_interrupted_then_it_was_not_made(
+    make_laboratory: Callable[[int], Laboratory], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    laboratory = make_laboratory(0)
+    laboratory.do("handle_signal", restart=False)
+    vm = laboratory.make_vm()
+    tool, kernel_end = tool_pair()
+    states: list[VmState] = []
+    handle, answer = Kernel.handle, Listener.answer
+
+    def handling(self: Kernel, state: VmState, *args: Any, **kwargs: Any) -> Any:
+        states.append(state)
+        outcome = handle(self, state, *args, **kwargs)
+        assert outcome == Answer()
+        assert state.allows_command(8)
+        return outcome
+
+    def answering(self: Listener, call: Call, **kwargs: Any) -> bool:
+        os.kill(laboratory.process.pid, signal.SIGUSR1)
+        wait_until(lambda: not self.is_waiting(call), what="the call is interrupted")
+        if how == "fails to":
+            raise OSError(errno.EINPROGRESS, "made to fail")
+        return answer(self, call, **kwargs)
+
+    with tool, kernel_end:
+        assert laboratory.ioctl(vm, HOOK, hook_argument(laboratory.give(kernel_end))) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Kernel, "handle", handling)
+            patch.setattr(Listener, "answer", answering)
+            assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == "EINTR"
+        (state,) = states
+        assert not state.allows_command(8)
+        assert laboratory.ioctl(vm, COMMAND, feature(1, 8)) == 0
+        assert state.allows_command(8)
 
 
 def test_vms_and_threads_when_they_come_and_go_then_they_are_forgotten(
