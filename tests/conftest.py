@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from support import Tell
+
 pytest_plugins = ["live_support", "two_hosts"]
 
 REQUIRE_VARIABLE = "KVMI_TEST_REQUIRE"
@@ -159,3 +161,14 @@ def compile_victim(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path],
 def parked(compile_victim: Callable[[Path], Path]) -> Path:
     """Return the program that blocks in a system call and reports what came of it."""
     return compile_victim(Path(__file__).parent / "functional" / "victims" / "parked.c")
+
+
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str]) -> Tell:
+    """Have what prints a line where everybody sees it: counts that a run is to show."""
+
+    def say(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n    {text}", end=" ", flush=True)
+
+    return say

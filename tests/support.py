@@ -9,12 +9,15 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+Tell: TypeAlias = "Callable[[str], None]"
+"""What the fixture ``tell`` gives."""
 
 
 def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = 10.0) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from emulator_replay import Step
+    from support import Tell
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp]
 
@@ -379,7 +380,7 @@ def clone_vm_child(abi: KvmiAbi, program: Path) -> tuple[int, bool]:
 @pytest.mark.parametrize("run", ["main", "off"])
 @pytest.mark.parametrize("abi", [V11, V12], ids=lambda abi: abi.name)
 def test_recorded_kernel_when_replayed_by_several_processes_then_every_answer_is_equal(
-    abi: KvmiAbi, run: str, compile_victim: Callable[[Path], Path]
+    abi: KvmiAbi, run: str, compile_victim: Callable[[Path], Path], tell: Tell
 ) -> None:
     options = ["--fault", "introspection-off"] if run == "off" else []
     replayed = Replayed()
@@ -393,4 +394,4 @@ def test_recorded_kernel_when_replayed_by_several_processes_then_every_answer_is
 
     assert replayed.differing == []
     assert replayed.count == {"main": 74, "off": 24}[run]
-    print(f"{replayed.count} steps of several processes compared, run {run}, KVMI {abi.name}")
+    tell(f"{replayed.count} steps of several processes compared, run {run}, KVMI {abi.name}")

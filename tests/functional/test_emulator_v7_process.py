@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
+    from support import Tell
+
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp]
 
 VERSION = struct.pack("<HHI", 2, 0, 77)
@@ -103,7 +105,9 @@ def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
         yield Guest(victim)
 
 
-def test_every_rule_of_an_ioctl_when_it_is_made_then_the_errno_is_the_rule_s(guest: Guest) -> None:
+def test_every_rule_of_an_ioctl_when_it_is_made_then_the_errno_is_the_rule_s(
+    guest: Guest, tell: Tell
+) -> None:
     differing = []
     for name, ioctl, argument, is_hooked, expected in IOCTLS:
         assert guest.victim.ioctl(Ioctl.UNHOOK, guest.vm) == 0
@@ -115,11 +119,11 @@ def test_every_rule_of_an_ioctl_when_it_is_made_then_the_errno_is_the_rule_s(gue
             differing.append((name, answer))
 
     assert differing == []
-    print(f"{len(IOCTLS)} rules of ioctls compared, KVMI v7")
+    tell(f"{len(IOCTLS)} rules of ioctls compared, KVMI v7")
 
 
 def test_every_rule_of_a_message_when_it_is_sent_then_the_reply_is_the_rule_s(
-    guest: Guest,
+    guest: Guest, tell: Tell
 ) -> None:
     differing = []
     for name, message_id, payload, rights, expected in MESSAGES:
@@ -140,11 +144,11 @@ def test_every_rule_of_a_message_when_it_is_sent_then_the_reply_is_the_rule_s(
                 differing.append((name, answer))
 
     assert differing == []
-    print(f"{len(MESSAGES)} rules of messages compared, KVMI v7")
+    tell(f"{len(MESSAGES)} rules of messages compared, KVMI v7")
 
 
 def test_every_rule_of_the_masks_when_asked_by_the_tool_then_it_is_the_rule_s(
-    guest: Guest,
+    guest: Guest, tell: Tell
 ) -> None:
     cases = [(Ioctl.COMMAND, 3, range(64), rule) for rule in COMMAND_MASKS]
     cases += [(Ioctl.EVENT, 4, range(14), rule) for rule in EVENT_MASKS]
@@ -159,7 +163,7 @@ def test_every_rule_of_the_masks_when_asked_by_the_tool_then_it_is_the_rule_s(
 
         assert {i for i, error in errors.items() if error == 0} == expected, calls
         assert set(errors.values()) <= {0, -1}
-    print(f"{len(cases)} rules of masks compared, KVMI v7")
+    tell(f"{len(cases)} rules of masks compared, KVMI v7")
 
 
 def test_data_when_read_and_written_then_it_is_the_guest_s(guest: Guest) -> None:

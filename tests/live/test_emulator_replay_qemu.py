@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from emulator_replay import Step
+    from support import Tell
 
 pytestmark = [pytest.mark.kvm, pytest.mark.seccomp, pytest.mark.ptrace]
 
@@ -234,7 +235,7 @@ PLAYERS: Final[dict[str, Callable[[Qemu, Record], tuple[object, object]]]] = {
 
 @pytest.mark.parametrize("abi", [V11, V12], ids=lambda abi: abi.name)
 def test_recorded_kernel_when_replayed_through_qemu_then_every_answer_is_equal_or_excused(
-    abi: KvmiAbi, tmp_path: Path
+    abi: KvmiAbi, tmp_path: Path, tell: Tell
 ) -> None:
     differing: dict[int, tuple[object, object]] = {}
     lines = DATA.read_text(encoding="ascii").splitlines()
@@ -251,7 +252,7 @@ def test_recorded_kernel_when_replayed_through_qemu_then_every_answer_is_equal_o
     replayed = {json.loads(line)["record"] for line in lines}
     expected = replayed & excused_records("qemu").keys()
     assert differing.keys() == expected, differing
-    print(f"{len(lines)} steps through a real QEMU compared, KVMI {abi.name}")
+    tell(f"{len(lines)} steps through a real QEMU compared, KVMI {abi.name}")
 
 
 def memory_becomes(qemu: Qemu, gpa: int, data: bytes) -> bool:

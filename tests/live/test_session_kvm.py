@@ -7,6 +7,7 @@ No libvirt here. ``KVMI_SOAK=1`` (make soak) runs the long versions.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import mmap
 import os
@@ -16,25 +17,27 @@ import socket
 import struct
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import host
 import pytest
 import rig
+from support import wait_until
 
 from kvmi_libvirt import introspect, session
 from kvmi_libvirt.errors import SessionError
 from kvmi_libvirt.policy.element import Domain
-from kvmi_libvirt.policy.model import UnixSource
+from kvmi_libvirt.policy.model import Rights, UnixSource
 from kvmi_libvirt.qemu import tracee as tracee_module
 from kvmi_libvirt.state import StateDir
 from kvmi_libvirt.tool.handshake import pack_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from rig import Rig
+    from support import Tell
 
 SOAK = bool(os.environ.get("KVMI_SOAK"))
 TIMEOUT_S = 4 * 3600 if SOAK else 900  # on a machine that does much else
@@ -134,26 +137,46 @@ def unhook(qemu: Rig, state: StateDir) -> None:
     introspect.unhook_vm(qemu.process, recorded, state=state)
 
 
-def killed_while_hooking(
-    qemu: Rig, tool: UnixSource, state: StateDir, trace: Callable[[str], None]
+def narrow(qemu: Rig, tool: UnixSource, state: StateDir) -> None:
+    policy = dataclasses.replace(rig.full_policy(tool), commands=Rights(), events=Rights())
+    introspect.change_vm(qemu.process, qemu.uuid, policy, state=state)
+
+
+def killed_while(
+    visit: str, qemu: Rig, tool: UnixSource, state: StateDir, trace: Callable[[str], None]
 ) -> bool:
-    """Hook with *trace* called at the worker's trace points; return whether that killed it."""
-    plain_hook = session.hook
+    """Make a visit with *trace* called at the worker's trace points; say whether that killed it.
 
-    def traced_hook(*args: Any, **kwargs: Any) -> session.Report:
+    However it ended, a visit that is not killed follows, and the VM is unhooked.
+
+    Parameters
+        visit  "hook", "change" for one that takes all rights away, or "unhook"
+    """
+    plain = getattr(session, visit)
+
+    def traced(*args: Any, **kwargs: Any) -> session.Report:
         tracee_module._trace = trace  # runs in the worker, and ends with it
-        return plain_hook(*args, **kwargs)
+        report: session.Report = plain(*args, **kwargs)
+        return report
 
+    if visit != "hook":
+        hook(qemu, tool, state)
+    was_killed = False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "hook", traced_hook)
+        patch.setattr(session, visit, traced)
         try:
-            hook(qemu, tool, state)
+            if visit == "unhook":
+                unhook(qemu, state)
+            else:
+                (hook if visit == "hook" else narrow)(qemu, tool, state)
         except SessionError as error:
             if "without a result" not in str(error):
                 raise
-            return True
+            was_killed = True
+    if was_killed and visit == "hook":
+        hook(qemu, tool, state)  # cleans up what the other has left, and hooks
     unhook(qemu, state)
-    return False
+    return was_killed
 
 
 def dying_at(number: int) -> Callable[[str], None]:
@@ -180,8 +203,8 @@ def kill_later(delay_s: float) -> None:
     os.close(pidfd)
 
 
-def count_trace_points(qemu: Rig, tool: UnixSource, state: StateDir) -> int:
-    """Return how many trace points a hooking worker passes."""
+def count_trace_points(visit: str, qemu: Rig, tool: UnixSource, state: StateDir) -> int:
+    """Return how many trace points the worker of a visit passes."""
     shared = mmap.mmap(-1, 8)
 
     def trace(_point: str) -> None:
@@ -189,63 +212,71 @@ def count_trace_points(qemu: Rig, tool: UnixSource, state: StateDir) -> int:
         shared[:8] = struct.pack("=Q", passed + 1)
 
     with shared:
-        assert not killed_while_hooking(qemu, tool, state, trace)
+        assert not killed_while(visit, qemu, tool, state, trace)
         return int(struct.unpack("=Q", shared[:8])[0])
 
 
+def assert_well(qemu: Rig, before: tuple[int, int]) -> None:
+    """Check that QEMU answers, that its guest executes, and that nothing was left in it."""
+    assert qemu.qmp("query-status")["status"] == "running"
+    assert qemu.size() == before
+    since = vcpu_time_s(qemu)
+    wait_until(lambda: vcpu_time_s(qemu) > since + 0.05, what="the guest executes", timeout_s=60)
+
+
+def vcpu_time_s(qemu: Rig) -> float:
+    """Return how long the first vCPU has run; the firmware keeps it busy."""
+    thread = qemu.qmp("query-cpus-fast")[0]["thread-id"]
+    path = Path(f"/proc/{qemu.process.pid}/task/{thread}/stat")
+    fields = path.read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("visit", ["hook", "change", "unhook"])
 def test_killed_at_its_trace_points_leaves_qemu_well_and_nothing_behind(
-    qemu: Rig, tool: UnixSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    qemu: Rig, tool: UnixSource, tmp_path: Path, tell: Tell, visit: str
 ) -> None:
     state = StateDir(tmp_path / "state")
-    points = count_trace_points(qemu, tool, state)
+    points = count_trace_points(visit, qemu, tool, state)
     before = qemu.size()
     killed = 0
     with monitor_load(qemu):
         for at in range(1, points + 1, KILL_STRIDE):
-            killed += killed_while_hooking(qemu, tool, state, dying_at(at))
-            hook(qemu, tool, state)  # the next session cleans up and hooks
-            unhook(qemu, state)
-    after = qemu.size()
+            killed += killed_while(visit, qemu, tool, state, dying_at(at))
 
     assert killed == len(range(1, points + 1, KILL_STRIDE))
-    assert qemu.qmp("query-status")["status"] == "running"
-    assert after == before
-    with capsys.disabled():
-        print(f" {killed} kills at {points} points: fds, mappings {before} -> {after}")
+    assert_well(qemu, before)
+    tell(f"{visit}: {killed} kills at {points} points: fds, mappings {before} -> {qemu.size()}")
 
 
 def test_killed_at_random_instants_leaves_qemu_well_and_nothing_behind(
-    qemu: Rig, tool: UnixSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    qemu: Rig, tool: UnixSource, tmp_path: Path, tell: Tell
 ) -> None:
     state = StateDir(tmp_path / "state")
     hook(qemu, tool, state)
     unhook(qemu, state)
     before = qemu.size()
     chance = random.Random(12)
-    killed = 0
+    killed = tries = 0
     with monitor_load(qemu):
-        for _ in range(RANDOM_KILLS):
+        while killed < RANDOM_KILLS and tries < 10 * RANDOM_KILLS:
             delay_s = chance.uniform(0, 0.004)
 
             def trace(point: str, delay_s: float = delay_s) -> None:
                 if point == "seized":
                     kill_later(delay_s)
 
-            killed += killed_while_hooking(qemu, tool, state, trace)
-            hook(qemu, tool, state)
-            unhook(qemu, state)
-    after = qemu.size()
+            tries += 1
+            killed += killed_while("hook", qemu, tool, state, trace)
+            if killed % TELL_ROUNDS == 0:
+                tell(f"{killed} kills in {tries} visits, {qemu.size()}")
 
-    assert killed > RANDOM_KILLS // 10
-    assert qemu.qmp("query-status")["status"] == "running"
-    assert after == before
-    with capsys.disabled():
-        print(f" {killed} kills of {RANDOM_KILLS}: fds, mappings {before} -> {after}")
+    assert killed == RANDOM_KILLS
+    assert_well(qemu, before)
+    tell(f"{killed} kills in {tries} visits: fds, mappings {before} -> {qemu.size()}")
 
 
-def test_round_after_round_nothing_fails_and_nothing_grows(
-    qemu: Rig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_round_after_round_nothing_fails_and_nothing_grows(qemu: Rig, tell: Tell) -> None:
     plan = rig.full_plan()
     failures = 0
 
@@ -258,20 +289,14 @@ def test_round_after_round_nothing_fails_and_nothing_grows(
                 qemu.visit(plan)
             except SessionError as error:
                 failures += 1
-                with capsys.disabled():
-                    print(f" round {number}: {error}")
+                tell(f"round {number}: {error}")
             if number % TELL_ROUNDS == 0:
-                now = qemu.size()
-                with capsys.disabled():
-                    took_s = time.monotonic() - started
-                    print(f" {number} rounds in {took_s:.0f} s, {failures} failures, {now}")
-    after = qemu.size()
+                took_s = time.monotonic() - started
+                tell(f"{number} rounds in {took_s:.0f} s, {failures} failures, {qemu.size()}")
 
     assert failures == 0
-    assert after == before
-    assert qemu.qmp("query-status")["status"] == "running"
-    with capsys.disabled():
-        print(
-            f" {ROUNDS} rounds, {failures} failures, {len(latencies)} QMP replies, "
-            f"slowest {max(latencies) * 1000:.1f} ms: fds, mappings {before} -> {after}"
-        )
+    assert_well(qemu, before)
+    tell(
+        f"{ROUNDS} rounds, {failures} failures, {len(latencies)} QMP replies, "
+        f"slowest {max(latencies) * 1000:.1f} ms: fds, mappings {before} -> {qemu.size()}"
+    )
