@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,8 +21,12 @@ from figures import Figure
 from fleet import StandIn
 
 from kvmi_libvirt import installer, introspect
+from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.agentclient import SOCKET_NAME
+from kvmi_libvirt.introspect.calling import tool_channel
+from kvmi_libvirt.policy.element import Domain
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
+from kvmi_libvirt.policy.model import UnixSource
 from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
 from kvmi_libvirt.state import HOOKED, STATE_DIR, StateDir
 
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 NOOP_ROUNDS: Final = 60
 FULL_ROUNDS: Final = 15
 _ENVIRONMENT: Final = {"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+_BEFORE: Final = ("prepare", "start")  # what libvirt calls before "started"
 _PYTHON: Final = ("/usr/bin/python3", "-IS", "-c", "pass")
 
 
@@ -50,8 +56,9 @@ def measure() -> Iterator[Figure]:
         for _ in range(NOOP_ROUNDS):
             noop_s.append(_timed((str(script), "plain", "started", "begin", "-"), plain))
             python_s.append(_timed(_PYTHON, b""))
-        full_s, agent_s = _full(script, Path(name))
+        found = _full(script, Path(name))
     python = statistics.median(python_s)
+    agent = statistics.median(found.agent_s)
     yield Figure(
         key="hook_noop_vs_python",
         value=statistics.median(noop_s) / python,
@@ -61,20 +68,43 @@ def measure() -> Iterator[Figure]:
     )
     yield Figure(
         key="hook_full_vs_python",
-        value=statistics.median(full_s) / python,
+        value=statistics.median(found.alone_s) / python,
         unit="x",
         what="the hook that hooks a VM, no agent, against the same",
     )
     yield Figure(
         key="hook_agent_vs_python",
-        value=statistics.median(agent_s) / python,
+        value=agent / python,
         unit="x",
         what="the hook that has an agent hook it, against the same",
     )
+    yield Figure(
+        key="hook_agent_less_handshake_vs_python",
+        value=(agent - statistics.median(found.handshake_s)) / python,
+        unit="x",
+        what="that without the time in which the tool is called and answers",
+        limit=3,
+    )
+    yield Figure(
+        key="hook_agent_other_vs_python",
+        value=statistics.median(found.other_s) / python,
+        unit="x",
+        what="the other calls of the hook at a start of that VM, with an agent",
+        limit=3,
+    )
 
 
-def _full(script: Path, directory: Path) -> tuple[list[float], list[float]]:
-    # Seconds a start of a VM waits for its hook: without an agent, and with one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    # Seconds that the start of a VM waits for its hook: for "started" without an agent and
+    # with one, for the operations before with one; and for how long the tool is called.
+    alone_s: list[float]
+    agent_s: list[float]
+    other_s: list[float]
+    handshake_s: list[float]
+
+
+def _full(script: Path, directory: Path) -> _Found:
     socket_path = host.SOCKET_DIR / f"bench-{os.getpid()}.sock"
     name = f"kvmi-bench-{os.getpid()}"
     with host.directories(), rig.qemu(host.marker_rom()) as machine:
@@ -83,6 +113,7 @@ def _full(script: Path, directory: Path) -> tuple[list[float], list[float]]:
         pidfile.write_text(f"{machine.process.pid}\n")
         xml = _domain(name, machine.uuid, _element(socket_path))
         started = (str(script), name, "started", "begin", "-")
+        others = [(str(script), name, operation, "begin", "-") for operation in _BEFORE]
         probe = [str(rig.BIN / "kvmi-libvirt"), "probe", "--listen", f"unix:{socket_path}"]
         with subprocess.Popen(
             probe, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -90,7 +121,7 @@ def _full(script: Path, directory: Path) -> tuple[list[float], list[float]]:
             try:
                 assert tool.stderr is not None
                 tool.stderr.readline()
-                alone = _hooked_again(started, xml, machine, FULL_ROUNDS)
+                alone_s = _hooked_again(started, xml, machine, FULL_ROUNDS)
                 vm = StandIn(name=name, uuid=machine.uuid, pid=machine.process.pid, vcpus=1)
                 write_status(directory, vm, _element(socket_path))
                 with RunningAgent(
@@ -100,12 +131,32 @@ def _full(script: Path, directory: Path) -> tuple[list[float], list[float]]:
                     state_dir=STATE_DIR,
                     host_policy=HOST_POLICY_PATH,
                 ):
-                    with_agent = _hooked_again(started, xml, machine, FULL_ROUNDS)
+                    agent_s = _hooked_again(started, xml, machine, FULL_ROUNDS)
+                    other_s = [
+                        _timed(command, xml) for _ in range(FULL_ROUNDS) for command in others
+                    ]
+                handshake_s = [_handshake_s(machine, name, socket_path) for _ in range(FULL_ROUNDS)]
             finally:
                 tool.terminate()
                 pidfile.unlink()
                 host.forget_vm(machine.uuid)
-    return alone, with_agent
+    return _Found(alone_s=alone_s, agent_s=agent_s, other_s=other_s, handshake_s=handshake_s)
+
+
+def _handshake_s(machine: rig.Rig, name: str, socket_path: Path) -> float:
+    domain = Domain(
+        name=name,
+        uuid=machine.uuid,
+        vcpus=1,
+        memory_bytes=32 << 20,
+        machine="pc",
+        policy=None,
+        origin="a benchmark",
+    )
+    policy = rig.full_policy(UnixSource(path=str(socket_path)))
+    began = time.monotonic()
+    with tool_channel(machine.process, domain, policy, V12):
+        return time.monotonic() - began
 
 
 def _hooked_again(

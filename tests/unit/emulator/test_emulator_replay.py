@@ -118,9 +118,7 @@ class PureMachine:
         return errno.errorcode[outcome.errno] if outcome.errno else None
 
 
-@pytest.mark.parametrize(
-    ("introspection", "count"), [(True, 409), (False, 15)], ids=["on", "off"]
-)
+@pytest.mark.parametrize(("introspection", "count"), [(True, 409), (False, 15)], ids=["on", "off"])
 @pytest.mark.parametrize("abi", [V11, V12], ids=lambda abi: abi.name)
 def test_recorded_kernel_when_replayed_then_every_answer_is_equal(
     abi: KvmiAbi, introspection: bool, count: int
