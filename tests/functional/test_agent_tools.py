@@ -11,6 +11,7 @@ import os
 import re
 import select
 import socket
+import struct
 import threading
 import time
 from itertools import pairwise
@@ -224,6 +225,61 @@ def test_tools_that_do_not_answer_hold_up_no_change_of_rights(
         write_status(host.fleet.run_dir, vm, host.wanted(commands=(READ,)).element())
         host.agent.wait(lambda: host.rights(vm) == {READ}, what="and another", timeout_s=20)
         assert never.came <= began + 4  # all this time they were being called
+
+
+def test_a_hooked_tool_that_floods_and_never_reads_costs_the_agent_nothing(
+    host: Site, tool: PatientTool
+) -> None:
+    sent = 0
+
+    def flooding(tool: Tool, sock: socket.socket) -> None:
+        nonlocal sent
+        sock.recv(4096)
+        sock.sendall(pack_answer())
+        sock.settimeout(0.05)
+        asking = struct.pack("<HHI", 2, 0, 1) * 8192  # GET_VERSION
+        while not tool.ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                sent += sock.send(asking)
+
+    flood = host.tool_path.with_name("flood.sock")
+    with Tool(flood, flooding):
+        (vm,) = host.boot("good", metadata=host.wanted().element())
+        host.boot("flooded", metadata=host.wanted(tool=flood).element())
+        host.wait_rights(*host.fleet.vms.values())
+        before, memory, cpu = fds(host.agent.pid), all_rss_kib(host), cpu_s(host)
+        began = time.monotonic()
+        host.agent.wait(lambda: sent > 1 << 16, what="it sends as much as there is room for")
+        wait_until(lambda: time.monotonic() > began + 2, what="two seconds of it")
+        passed_s = time.monotonic() - began
+        assert cpu_s(host) - cpu <= 0.1 * passed_s  # it does not even look
+        assert fds(host.agent.pid) <= before
+        assert all_rss_kib(host) <= memory + MAX_GROWTH_KIB
+        # Others are served, and it can be given other rights and put out.
+        for name in ("good", "flooded"):
+            path = host.tool_path if name == "good" else flood
+            element = host.wanted(tool=path, commands=(READ,)).element()
+            write_status(host.fleet.run_dir, host.fleet.vms[name], element)
+        host.wait_rights(*host.fleet.vms.values(), rights=(READ,))
+        assert host.allows(tool, vm) == {READ}
+        write_status(host.fleet.run_dir, host.fleet.vms["flooded"], "")
+        host.agent.wait(
+            lambda: not host.rights(host.fleet.vms["flooded"]), what="it is put out", timeout_s=30
+        )
+    assert "Traceback" not in host.log()
+
+
+def all_rss_kib(host: Site) -> int:
+    return sum(rss_kib(pid) for pid in host.agent.processes())
+
+
+def cpu_s(host: Site) -> float:
+    ticks = 0
+    for pid in host.agent.processes():
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            fields = file.read().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 # -- the agent's own sockets -------------------------------------------------------------
