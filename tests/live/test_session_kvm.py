@@ -17,15 +17,19 @@ import socket
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import host
 import pytest
 import rig
-from support import wait_until
+from support import stop_process, wait_for_supervisor, wait_until
 
-from kvmi_libvirt import introspect, session
+from kvmi_libvirt import introspect, session, worker
+from kvmi_libvirt.abi.kvmi import Ioctl
+from kvmi_libvirt.abi.v12 import V12
+from kvmi_libvirt.abi.x86_64 import NR_IOCTL
 from kvmi_libvirt.errors import SessionError
 from kvmi_libvirt.policy.element import Domain
 from kvmi_libvirt.policy.model import Rights, UnixSource
@@ -238,13 +242,14 @@ def test_killed_at_its_trace_points_leaves_qemu_well_and_nothing_behind(
 ) -> None:
     state = StateDir(tmp_path / "state")
     points = count_trace_points(visit, qemu, tool, state)
+    instants = range(1, points + 1, KILL_STRIDE if points > 40 else 1)
     before = qemu.size()
     killed = 0
     with monitor_load(qemu):
-        for at in range(1, points + 1, KILL_STRIDE):
+        for at in instants:
             killed += killed_while(visit, qemu, tool, state, dying_at(at))
 
-    assert killed == len(range(1, points + 1, KILL_STRIDE))
+    assert killed == len(instants)
     assert_well(qemu, before)
     tell(f"{visit}: {killed} kills at {points} points: fds, mappings {before} -> {qemu.size()}")
 
@@ -300,3 +305,32 @@ def test_round_after_round_nothing_fails_and_nothing_grows(qemu: Rig, tell: Tell
         f"{ROUNDS} rounds, {failures} failures, {len(latencies)} QMP replies, "
         f"slowest {max(latencies) * 1000:.1f} ms: fds, mappings {before} -> {qemu.size()}"
     )
+
+
+def test_killed_in_the_middle_of_a_call_nothing_of_qemu_is_left(qemu: Rig) -> None:
+    pid = qemu.process.pid
+    supervisor = wait_for_supervisor(pid)
+    near, far = socket.socketpair()
+    with near, far, ThreadPoolExecutor(1) as other:
+        deadline = time.monotonic() + 30
+        worker.run(
+            lambda: session.hook(
+                *(qemu.process, qemu.vm_fd, rig.full_plan(), near, bytes(16)), deadline=deadline
+            ),
+            deadline=deadline,
+            keep_fds=(*qemu.process.owned_fds, near.fileno()),
+        )
+        near.close()
+        stop_process(supervisor)
+        unhooking = other.submit(qemu.unhook)
+        in_call = f"{NR_IOCTL} {qemu.vm_fd:#x} {V12.request(Ioctl.UNHOOK):#x} "
+        syscall = Path(f"/proc/{pid}/syscall")
+        wait_until(lambda: syscall.read_text().startswith(in_call), what="it is in the call")
+        os.kill(pid, signal.SIGKILL)
+        os.kill(supervisor, signal.SIGCONT)
+
+        with pytest.raises(SessionError) as raised:
+            unhooking.result()
+        assert raised.value.kind == "TargetGone"
+        assert far.recv(1) == b""
+        wait_until(lambda: not Path(f"/proc/{supervisor}").exists(), what="the supervisor ends")
