@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread of QEMU, held stopped for some microseconds, that can be called through.
+"""One thread of QEMU, held stopped for a moment, that can be called through.
 
 The thread is only taken while it is parked in a blocking call whose early return
 every event loop expects, so that even the death of this process in the middle

@@ -346,8 +346,8 @@ def test_after_a_snapshot_is_reverted_to_the_rights_are_those_of_the_policy(
     old = vm.pid()
     reverted = vm.virsh("snapshot-revert", vm.name, "before", "--force", "--paused")
     assert reverted.returncode == 0, reverted.stderr
-    if vm.pid() != old:  # before its vCPUs run
-        assert rights(agent, vm) == RIGHTS
+    assert vm.pid() != old
+    assert rights(agent, vm) == RIGHTS  # before its vCPUs run
     assert vm.virsh("resume", vm.name).returncode == 0
     wait_rights(agent, vm, RIGHTS)
     agent.wait(lambda: tool.connected() == [vm.uuid], what="only one channel is left")
