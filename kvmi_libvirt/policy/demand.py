@@ -34,16 +34,20 @@ _SELECTORS: Final = frozenset(
 
 
 def is_demanded(data: bytes, who: Identity) -> bool:
-    """Say whether the first assignment that may be for *who* has a mode that demands.
+    """Say whether the first assignment that is for *who* has a mode that demands.
+
+    One that demands counts even if it only may be for *who*; any other must be.
 
     Parameters
         data  what is in the place of a host policy
     """
     text = _COMMENT.sub("", data.decode("utf-8", "replace"))
     for start, inner in _ASSIGN.findall(text):
-        if any(_may_fit(_attributes(match), who) for match in _MATCH.findall(inner)):
-            # A misspelt mode is a demand: nobody writes one to have the default.
-            return _attributes(start).get("mode", "optional") != "optional"
+        # A misspelt mode is a demand: nobody writes one to have the default.
+        is_demand = _attributes(start).get("mode", "optional") != "optional"
+        answers = [_fits(_attributes(match), who) for match in _MATCH.findall(inner)]
+        if True in answers or (None in answers and is_demand):
+            return is_demand
     return False
 
 
@@ -51,7 +55,8 @@ def _attributes(text: str) -> dict[str, str]:
     return {name: double or single for name, double, single in _ATTRIBUTE.findall(text)}
 
 
-def _may_fit(selectors: dict[str, str], who: Identity) -> bool:
+def _fits(selectors: dict[str, str], who: Identity) -> bool | None:
+    # None: what is misspelt may have been meant to fit; what is known must.
     key, _, value = selectors.get("nova-extra-spec", "").partition("=")
     project = selectors.get("nova-project")
     vmid = _VMID.fullmatch(selectors.get("proxmox-vmid", ""))
@@ -64,5 +69,7 @@ def _may_fit(selectors: dict[str, str], who: Identity) -> bool:
         nova_project=None if project is None else plain_id(project),
         proxmox_vmid=None if vmid is None else int(vmid[0]),
     )
-    # What is misspelt may have been meant to fit; what is known must.
-    return known.fits(who) or not _SELECTORS & selectors.keys()
+    names = _SELECTORS & selectors.keys()
+    if names and not known.fits(who):
+        return False
+    return True if names == selectors.keys() and names else None

@@ -74,6 +74,13 @@ def test_a_selector_that_nobody_knows_may_fit_and_one_beside_it_must() -> None:
     assert not demanded(policy(assign("proxmox-vmid='1OO'")))
 
 
+def test_what_only_may_fit_and_demands_nothing_does_not_end_the_search() -> None:
+    required = assign("nova-flavor='guarded.*'")
+    for match in ("flavour='x'", "flavour='x' nova-flavor='guarded.*'"):
+        assert not demanded(policy(assign(match, mode="")))
+        assert demanded(policy(assign(match, mode=""), required))
+
+
 SELECTORS = st.sampled_from(
     [
         *("nova-flavor='guarded.*'", "nova-flavor='m1.*'", "nova-flavor-id='42'", "name='inst*'"),
