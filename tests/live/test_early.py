@@ -265,21 +265,26 @@ def test_a_transient_domain_is_hooked_early_too(traced: Vm, tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("hooker")
 @pytest.mark.parametrize("mode", ["required", "optional"])
+@pytest.mark.parametrize("tool", [None, host.Tool.SILENT, host.Tool.TRICKLES])
 def test_without_its_tool_an_early_start_is_refused_or_goes_on_unhooked(
-    traced: Vm, mode: str
+    traced: Vm, mode: str, tool: host.Tool | None
 ) -> None:
-    define(traced, mode=mode)
-    result = traced.start()
+    # One that never says all it must holds the start as long as it may, and no longer.
+    why = "no tool listens" if tool is None else "the tool did not answer within 1 s"
+    define(traced, mode=mode, handshake_s=1)
+    with contextlib.nullcontext() if tool is None else host.bad_tool(traced.socket, tool):
+        result = traced.start()
     if mode == "required":
         assert result.returncode == 1
-        assert "no tool listens" in result.stderr
+        assert why in result.stderr
         assert traced.state() == "shut off"
         assert_nothing_is_left(traced)
     else:
         assert result.returncode == 0, result.stderr
         first_byte_s(traced)
         assert traced.state() == "running"
-        assert "no tool listens" in status_text(traced)
+        assert why in status_text(traced)
+        assert tracer(traced.pid()) == 0
     assert not (STATE_DIR / f"{traced.uuid}.early").exists()
 
 

@@ -28,9 +28,11 @@ CONFIG = Path("/etc/kvmi-libvirt")
 @pytest.fixture
 def bare_host(prepared: Host) -> Iterator[None]:
     """Have a libvirtd that has never seen a qemu hook, and nothing of ours on the host."""
-    there = (Path("/var/lib/kvmi-libvirt"), Path("/etc/tmpfiles.d/kvmi-libvirt.conf"))
-    if any(path.exists() for path in there) or (CONFIG.exists() and any(CONFIG.iterdir())):
-        pytest.skip("kvmi-libvirt is installed on this host")
+    places = (Path("/var/lib/kvmi-libvirt"), Path("/etc/tmpfiles.d/kvmi-libvirt.conf"))
+    there = [path for path in places if path.exists()]
+    there += [path for path in CONFIG.rglob("*") if not path.is_dir()]
+    if there:
+        pytest.skip(f"kvmi-libvirt is installed on this host: {there[0]}")
     others = [file.path for file in daemons.qemu_hooks() if file.path != prepared.hook]
     if others:
         pytest.skip(f"libvirt has other qemu hooks here: {others}")

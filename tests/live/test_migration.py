@@ -11,6 +11,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import host
 import pytest
 from live_support import BIN, NAMESPACE, allowed, cli, element, probe, processes_with
 from support import wait_until
@@ -18,6 +19,7 @@ from two_hosts import migrate, status_of
 
 from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED
 from kvmi_libvirt.kernel import running_abi
+from kvmi_libvirt.policy.secret import SECRETS_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -243,27 +245,22 @@ def test_a_target_without_the_secret_refuses_before_anything_is_made(
     migrating_vm: Vm, second_host: SecondHost
 ) -> None:
     vm = migrating_vm
-    secret = Path("/etc/kvmi-libvirt/secrets", vm.name)
-    secret.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    secret.touch(mode=0o600)
-    secret.write_bytes(b"known here")
+    secret = SECRETS_DIRECTORY / vm.name
     policy = element(vm.socket, commands=COMMANDS)
     vm.define(policy.replace("<k:handshake", f"<k:secret name='{vm.name}'/><k:handshake"))
-    try:
-        with (
-            operations_there(second_host) as operations,
-            probe(vm.socket, "--secret", str(secret)) as tool,
-            second_host.probe(vm.socket),
-        ):
-            vm.must_start()
-            tool.result()
-            before = status_of(cli, vm.name)
+    with (
+        host.secret(vm.name, b"known here"),
+        operations_there(second_host) as operations,
+        probe(vm.socket, "--secret", str(secret)) as tool,
+        second_host.probe(vm.socket),
+    ):
+        vm.must_start()
+        tool.result()
+        before = status_of(cli, vm.name)
 
-            result = migrate(vm, second_host)
+        result = migrate(vm, second_host)
 
-            assert result.returncode != 0
-            assert "there is no such secret" in result.stderr
-            assert operations.read_text().split() == ["migrate"]
-            stays(vm, second_host, before)
-    finally:
-        secret.unlink()
+        assert result.returncode != 0
+        assert "there is no such secret" in result.stderr
+        assert operations.read_text().split() == ["migrate"]
+        stays(vm, second_host, before)

@@ -23,7 +23,7 @@ from two_hosts import migrate, status_of
 from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from live_support import Vm
     from two_hosts import SecondHost
@@ -68,13 +68,14 @@ class Nova:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
-    def spawn(self, xml: str) -> Any:
+    def spawn(self, xml: str, before_resume: Callable[[], None] = lambda: None) -> Any:
         """Guest.create, launch(pause=True), and resume once the network is plugged."""
         import libvirt
 
         domain = self.connection.defineXML(xml)
         domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
         assert domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+        before_resume()
         domain.resume()
         return domain
 
@@ -128,8 +129,12 @@ def nova(prepared: object) -> Iterator[Nova]:
 def test_an_instance_is_hooked_before_it_is_resumed(
     vm: Vm, nova: Nova, release: str, kind: str, selector: str
 ) -> None:
+    def is_hooked() -> None:
+        assert status_of(cli, vm.name)["state"] == "hooked"
+        assert vm.guest_output_len() == 0
+
     with host.host_policy(policy(vm, selector)), probe(vm.socket) as tool:
-        domain = nova.spawn(nova_xml(vm, release, kind))
+        domain = nova.spawn(nova_xml(vm, release, kind), is_hooked)
 
         answers = tool.result()
         assert (answers["name"], answers["uuid"]) == (vm.name, vm.uuid)
@@ -305,6 +310,33 @@ def test_live_migration_follows_the_target_hosts_policy(
             assert second_host.cli("status", vm.name).returncode == 5
         written = vm.guest_output_len()
         wait_until(lambda: vm.guest_output_len() > written, what="the guest runs on")
+
+
+def test_an_evacuated_instance_is_hooked_as_its_new_host_says(
+    migrating_vm: Vm, second_host: SecondHost
+) -> None:
+    # Its host is gone, and with it all that was recorded there: nova makes it anew elsewhere.
+    import libvirt
+
+    vm = migrating_vm
+
+    def is_hooked() -> None:
+        assert status_of(second_host.cli, vm.name)["state"] == "hooked"
+        assert vm.guest_output_len() == 0
+
+    with (
+        second_host.host_policy(policy(vm, FLAVOR)),
+        second_host.probe(vm.socket) as tool,
+        contextlib.closing(libvirt.open(second_host.uri)) as connection,
+    ):
+        domain = Nova(connection).spawn(nova_xml(vm, NEW, "flavor"), is_hooked)
+        try:
+            assert allowed(tool.result()["commands"]) == {*COMMANDS, *ALWAYS_ALLOWED}
+            wait_until(lambda: vm.guest_output_len() > 0, what="the guest runs")
+            assert cli("status", vm.name).returncode == 5  # nothing of it here
+        finally:
+            domain.destroy()
+            domain.undefine()
 
 
 def test_a_target_without_its_tool_keeps_the_instance_at_home(

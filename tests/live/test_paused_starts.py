@@ -104,8 +104,8 @@ def test_restore(vm: Vm, early: bool) -> None:
 
 
 @pytest.mark.usefixtures("hooker", "tool")
-def test_managed_save(vm: Vm) -> None:
-    define(vm, events=EVENTS)
+def test_managed_save(vm: Vm, early: bool) -> None:
+    define(vm, early=early, events=EVENTS)
     make_trace(trace(vm))
     vm.must_start()
     must(vm.virsh("managedsave", vm.name))
@@ -116,7 +116,7 @@ def test_managed_save(vm: Vm) -> None:
 
 
 @pytest.mark.usefixtures("hooker", "tool")
-def test_a_snapshot_is_reverted_to(vm: Vm) -> None:
+def test_a_snapshot_is_reverted_to(vm: Vm, early: bool) -> None:
     disk = vm.host.directory / f"{vm.name}.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "16M"], check=True)
     disk.chmod(0o666)
@@ -124,7 +124,7 @@ def test_a_snapshot_is_reverted_to(vm: Vm) -> None:
         "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>"
         f"<source file='{disk}'/><target dev='hda' bus='ide'/></disk>"
     )
-    define(vm, events=EVENTS, devices=device)
+    define(vm, early=early, events=EVENTS, devices=device)
     make_trace(trace(vm))
     vm.must_start()
     must(vm.virsh("snapshot-create-as", vm.name, "before"))
