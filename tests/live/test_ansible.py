@@ -287,6 +287,14 @@ def test_a_wrong_policy_is_never_put_in_place_and_stops_a_rolling_run(fleet: Fle
     assert _configuration(fleet) == before
 
 
+def test_pip_is_never_left_to_find_the_program_by_its_name(fleet: Fleet) -> None:
+    result = fleet.play(kvmi_libvirt_source="")
+
+    assert result.returncode != 0
+    assert (counts(result)["failed"], counts(result)["changed"]) == (1, 0)
+    assert "kvmi_libvirt_source is not set" in result.stdout
+
+
 def test_a_rolling_run_reaches_every_host(fleet: Fleet) -> None:
     result = fleet.play(hosts="one two")
 
