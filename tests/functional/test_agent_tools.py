@@ -252,8 +252,8 @@ def test_a_hooked_tool_that_floods_and_never_reads_costs_the_agent_nothing(
         host.agent.wait(lambda: sent > 1 << 16, what="it sends as much as there is room for")
         wait_until(lambda: time.monotonic() > began + 2, what="two seconds of it")
         passed_s = time.monotonic() - began
-        assert cpu_s(host) - cpu <= 0.1 * passed_s  # it does not even look
-        assert fds(host.agent.pid) <= before
+        assert cpu_s(host) - cpu <= 0.3 * passed_s  # it does not even look
+        assert fds(host.agent.pid) <= before + SPARE_FDS
         assert all_rss_kib(host) <= memory + MAX_GROWTH_KIB
         # Others are served, and it can be given other rights and put out.
         for name in ("good", "flooded"):
