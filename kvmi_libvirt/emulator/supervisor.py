@@ -132,11 +132,10 @@ class Supervisor:
         if not ready or self._trace.is_overdue:
             self._trace.flush()
         listener = ready.pop(self._listener.fd, 0)
-        if ready:
-            # First of all, so that a process number that was reused is not mistaken.
-            for pidfd in ready.keys() & self._processes.keys():
-                self._process_ended(pidfd)
-                del ready[pidfd]
+        # First of all, so that a process number that was reused is not mistaken.
+        for pidfd in ready.keys() & self._processes.keys() if ready else ():
+            self._process_ended(pidfd)
+            del ready[pidfd]
         if listener & select.EPOLLIN:
             call = self._listener.receive()
             if call is not None:
