@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import usage
 from agent_rig import RunningAgent, Wanted, domain_xml, write_policy, write_status
 from figures import Figure
 from fleet import Fleet, raise_fd_limit
@@ -35,7 +36,6 @@ SUPERVISORS: Final = 2
 IDLE_S: Final = 20.0
 LET_GO_S: Final = 8.0
 STATUS_ROUNDS: Final = 11
-_TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _ENVIRONMENT: Final = {"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
@@ -190,13 +190,13 @@ class _Site:
     def apply(self) -> tuple[float, float]:
         """Add a right; return seconds until it is in force on all VMs, and seconds of CPU."""
         _allow(self.directory, "KVMI_VM_EVENT_UNHOOK", "KVMI_VCPU_EVENT_BREAKPOINT")
-        before = {pid: _cpu_s(pid) for pid in self.agent.processes()}
+        before = {pid: usage.cpu_s(pid) for pid in self.agent.processes()}
         began = time.monotonic()
         self.agent.reload()
         self._wait_hooked(events=2)
         elapsed = time.monotonic() - began
         # New workers are idle for some seconds before they are let go.
-        used = sum(_cpu_s(pid) - before.get(pid, 0.0) for pid in self.agent.processes())
+        used = sum(usage.cpu_s(pid) - before.get(pid, 0.0) for pid in self.agent.processes())
         return elapsed, used
 
     def reconcile(self) -> float:
@@ -217,14 +217,14 @@ class _Site:
     def rest_mib(self) -> float:
         """Return the memory of all processes of the agent at rest."""
         time.sleep(LET_GO_S)  # the measurement itself: it lets its workers go when idle
-        return sum(map(_rss_mib, self.agent.processes()))
+        return sum(map(usage.rss_kib, self.agent.processes())) / 1024
 
     def idle_percent(self) -> float:
         """Return how much of a core it uses while nothing happens."""
         pids = self.agent.processes()
-        used = sum(map(_cpu_s, pids))
+        used = sum(map(usage.cpu_s, pids))
         time.sleep(IDLE_S)
-        return (sum(map(_cpu_s, pids)) - used) / IDLE_S * 100
+        return (sum(map(usage.cpu_s, pids)) - used) / IDLE_S * 100
 
     def _wait_hooked(self, *, events: int) -> None:
         def is_done() -> bool:
@@ -254,15 +254,3 @@ def _site(count: int) -> Iterator[_Site]:
 def _allow(directory: Path, *events: str) -> None:
     wanted = Wanted(tool=directory / "tool.sock", events=events)
     write_policy(directory, wanted.assignment())
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK_S
-
-
-def _rss_mib(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return 0.0

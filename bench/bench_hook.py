@@ -24,7 +24,6 @@ from kvmi_libvirt import installer, introspect
 from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.agentclient import SOCKET_NAME
 from kvmi_libvirt.introspect.calling import tool_channel
-from kvmi_libvirt.policy.element import Domain
 from kvmi_libvirt.policy.host import HOST_POLICY_PATH
 from kvmi_libvirt.policy.model import UnixSource
 from kvmi_libvirt.qemu.process import LIBVIRT_QEMU_RUN_DIR
@@ -144,15 +143,7 @@ def _full(script: Path, directory: Path) -> _Found:
 
 
 def _handshake_s(machine: rig.Rig, name: str, socket_path: Path) -> float:
-    domain = Domain(
-        name=name,
-        uuid=machine.uuid,
-        vcpus=1,
-        memory_bytes=32 << 20,
-        machine="pc",
-        policy=None,
-        origin="a benchmark",
-    )
+    domain = machine.domain(name)
     policy = rig.full_policy(UnixSource(path=str(socket_path)))
     began = time.monotonic()
     with tool_channel(machine.process, domain, policy, V12):

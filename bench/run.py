@@ -38,9 +38,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"no benchmark is called {unknown[0]}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     sys.path[:0] = [str(HERE), str(HERE.parent / "tools")]
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    if not argv:
-        results.clear()  # nothing of an earlier run
+    results = {}
+    if argv and RESULTS.exists():  # the other topics' stay
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
     missed = 0
     for topic in argv or known:
         try:

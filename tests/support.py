@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import pytest
 
@@ -58,11 +58,15 @@ def require_tool(name: str, package: str) -> str:
     """Return the path of the distribution's *name*; skip the test without it, in CI fail it."""
     found = shutil.which(name, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     if found is None:
-        reason = f"no {name} (apt-get install {package})"
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{reason}, and CI=true", pytrace=False)
-        pytest.skip(f"{reason}; CI=true makes this a failure")
+        skip_unless_ci(f"no {name} (apt-get install {package})")
     return found
+
+
+def skip_unless_ci(reason: str) -> NoReturn:
+    """Skip the test for what the machine lacks; in CI fail it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{reason}, and CI=true", pytrace=False)
+    pytest.skip(f"{reason}; CI=true makes this a failure")
 
 
 def supervisor_of(pid: int) -> int | None:

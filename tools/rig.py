@@ -23,6 +23,7 @@ from kvmi_libvirt.abi.revisions import ALWAYS_ALLOWED
 from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.newtypes import Pid
 from kvmi_libvirt.plan import Plan, make_plan
+from kvmi_libvirt.policy.element import Domain
 from kvmi_libvirt.policy.model import Mode, Policy, Rights, UnixSource
 from kvmi_libvirt.qemu.process import Process
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 BIN: Final = Path(sys.executable).parent
 QEMU: Final = "/usr/bin/qemu-system-x86_64"
 _TIMEOUT_S: Final = 20.0
+_MEMORY_MIB: Final = 32
 
 
 def full_policy(source: UnixSource) -> Policy:
@@ -69,6 +71,18 @@ class Rig:
     def close(self) -> None:
         """Close the monitor's reader."""
         self._reader.close()
+
+    def domain(self, name: str) -> Domain:
+        """Return what libvirt would say of it under that name."""
+        return Domain(
+            name=name,
+            uuid=self.uuid,
+            vcpus=len(self.qmp("query-cpus-fast")),
+            memory_bytes=_MEMORY_MIB << 20,
+            machine="pc",
+            policy=None,
+            origin="the rig",
+        )
 
     def qmp(self, command: str, **arguments: object) -> Any:
         """Return the answer to a QMP command; several threads may ask."""
@@ -129,7 +143,7 @@ def qemu(rom: bytes, *, vcpus: int = 1) -> Iterator[Rig]:
         domain_uuid = str(uuid.uuid4())
         command = [
             *(str(BIN / "kvmi-libvirt"), "emulate", "--", QEMU),
-            *("-machine", "pc,accel=kvm", "-m", "32", "-smp", str(vcpus)),
+            *("-machine", "pc,accel=kvm", "-m", str(_MEMORY_MIB), "-smp", str(vcpus)),
             *("-bios", str(directory / "rom"), "-uuid", domain_uuid),
             *("-nodefaults", "-display", "none", "-serial", "null"),
             *("-qmp", f"unix:{path},server=on,wait=off"),

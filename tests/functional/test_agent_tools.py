@@ -22,6 +22,7 @@ from agent_harness import INFO, READ, SOAK, WAIT_S, Site, host, programs, runnin
 from agent_rig import write_policy, write_status
 from patient_tool import PatientTool
 from support import wait_until
+from usage import cpu_s, rss_kib
 
 from kvmi_libvirt.tool.handshake import pack_answer
 
@@ -139,11 +140,6 @@ def fds(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def rss_kib(pid: int) -> int:
-    with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
-
-
 def test_a_tool_that_closes_after_the_handshake_is_called_ever_less_often(host: Site) -> None:
     hooked = []
 
@@ -247,12 +243,12 @@ def test_a_hooked_tool_that_floods_and_never_reads_costs_the_agent_nothing(
         (vm,) = host.boot("good", metadata=host.wanted().element())
         host.boot("flooded", metadata=host.wanted(tool=flood).element())
         host.wait_rights(*host.fleet.vms.values())
-        before, memory, cpu = fds(host.agent.pid), all_rss_kib(host), cpu_s(host)
+        before, memory, cpu = fds(host.agent.pid), all_rss_kib(host), all_cpu_s(host)
         began = time.monotonic()
         host.agent.wait(lambda: sent > 1 << 16, what="it sends as much as there is room for")
         wait_until(lambda: time.monotonic() > began + 2, what="two seconds of it")
         passed_s = time.monotonic() - began
-        assert cpu_s(host) - cpu <= 0.3 * passed_s  # it does not even look
+        assert all_cpu_s(host) - cpu <= 0.3 * passed_s  # it does not even look
         assert fds(host.agent.pid) <= before + SPARE_FDS
         assert all_rss_kib(host) <= memory + MAX_GROWTH_KIB
         # Others are served, and it can be given other rights and put out.
@@ -273,13 +269,8 @@ def all_rss_kib(host: Site) -> int:
     return sum(rss_kib(pid) for pid in host.agent.processes())
 
 
-def cpu_s(host: Site) -> float:
-    ticks = 0
-    for pid in host.agent.processes():
-        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-            fields = file.read().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+def all_cpu_s(host: Site) -> float:
+    return sum(cpu_s(pid) for pid in host.agent.processes())
 
 
 # -- the agent's own sockets -------------------------------------------------------------

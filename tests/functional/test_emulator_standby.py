@@ -229,20 +229,16 @@ def assert_(received_call: object) -> None:
 
 def limited_child(laboratory: Laboratory, limit_s: float) -> int:
     """Have a process that serves the laboratory's calls instead of it, each within the limit."""
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest has a use of its own for it
-            calls = OpenCalls()
-            stand_by(laboratory.listener, calls, title="stands by")
-            with Trace(None) as trace:
-                laboratory.supervisor = Supervisor(
-                    laboratory.listener, V12, trace, stand_in=False, open_calls=calls
-                )
-                laboratory.supervisor.run(limit_s=limit_s)
-        finally:
-            os._exit(1)
-    return child
+
+    def serve(listener: Listener, calls: OpenCalls) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest has a use of its own for it
+        with (
+            Trace(None) as trace,
+            Supervisor(listener.fd, V12, trace, stand_in=False, open_calls=calls) as supervisor,
+        ):
+            supervisor.run(limit_s=limit_s)
+
+    return serving_child(laboratory, serve)
 
 
 def voluntary_switches(pid: int) -> str:

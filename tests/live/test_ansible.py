@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import stat
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from live_support import BIN, NAMESPACE, allowed, element
+from support import skip_unless_ci
 from two_hosts import another_host
 
 from kvmi_libvirt import __version__
@@ -176,8 +176,7 @@ def changed(result: subprocess.CompletedProcess[str]) -> int:
 def bare(prepared: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Have a host with nothing of ours, and the wheel of this checkout."""
     if not (BIN / "ansible-playbook").exists():
-        reason = "no ansible-playbook beside this Python (pip install ansible-core)"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+        skip_unless_ci("no ansible-playbook beside this Python (pip install ansible-core)")
     directory = tmp_path_factory.mktemp("ansible")
     source = directory / "source"
     ignore = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist")

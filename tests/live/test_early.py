@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
     from agent_rig import RunningAgent
     from early_support import Margins
+    from support import Tell
 
 __all__ = ["hooker", "traced"]
 
@@ -68,11 +69,6 @@ WAIT_S = 60.0
 # -- how often, how early, how late ------------------------------------------------------
 
 
-def say(capsys: pytest.CaptureFixture[str], line: str) -> None:
-    with capsys.disabled():
-        print(f"\n{line}")
-
-
 def span_ms(values: Sequence[float]) -> str:
     ordered = sorted(value * 1e3 for value in values)
     return f"{ordered[0]:.1f} / {statistics.median(ordered):.1f} / {ordered[-1]:.1f} ms"
@@ -80,14 +76,11 @@ def span_ms(values: Sequence[float]) -> str:
 
 @pytest.mark.usefixtures("hooker")
 @pytest.mark.timeout(900)
-def test_early_is_in_force_before_the_first_instruction_every_time(
-    traced: Vm, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_early_is_in_force_before_the_first_instruction_every_time(traced: Vm, tell: Tell) -> None:
     define(traced)
     with PatientTool(traced.socket):
         found = [started(traced) for _ in range(STARTS)]
-    say(
-        capsys,
+    tell(
         f"{len(found)} early starts, least / median / most from the last grant: until the vCPUs "
         f"were let run {span_ms([each.run_s for each in found])}, until the first byte "
         f"{span_ms([each.byte_s for each in found])}",
@@ -98,15 +91,12 @@ def test_early_is_in_force_before_the_first_instruction_every_time(
 
 @pytest.mark.usefixtures("hooker")
 @pytest.mark.timeout(900)
-def test_without_early_the_guest_runs_unwatched_first(
-    traced: Vm, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_early_the_guest_runs_unwatched_first(traced: Vm, tell: Tell) -> None:
     define(traced, early=False)
     with PatientTool(traced.socket):
         found = [started(traced) for _ in range(LATE_STARTS)]
     late = [-each.byte_s for each in found]
-    say(
-        capsys,
+    tell(
         f"{len(late)} starts without early: the last grant {span_ms(late)} after the first byte",
     )
     assert all(each.run_s < 0 for each in found)  # so it is this that the other test can see
@@ -168,7 +158,7 @@ def other(vm: Vm) -> Iterator[Vm]:
 @pytest.mark.usefixtures("hooker")
 @pytest.mark.timeout(1200)
 def test_a_slow_tool_among_them_makes_its_own_start_slow_and_nothing_else(
-    traced: Vm, other: Vm, capsys: pytest.CaptureFixture[str]
+    traced: Vm, other: Vm, tell: Tell
 ) -> None:
     define(traced, handshake_s=30)
     found: list[Margins] = []
@@ -186,8 +176,7 @@ def test_a_slow_tool_among_them_makes_its_own_start_slow_and_nothing_else(
                     found.append(_slow_start(traced, held))
     meanwhile = [others.within(*each) for each in held]
     all_meanwhile = [seconds for each in meanwhile for seconds in each]
-    say(
-        capsys,
+    tell(
         f"{len(found)} starts, {len(held)} of them held {SLOW_S:g} s for a slow tool; virsh list "
         f"at rest {span_ms(at_rest)}, while held {span_ms(all_meanwhile)}, "
         f"at the least {min(map(len, meanwhile))} times a hold",

@@ -99,6 +99,18 @@ def test_the_rights_go_with_the_vm(migrating_vm: Vm, second_host: SecondHost) ->
         wait_until(lambda: vm.guest_output_len() > written, what="the guest runs on")
 
 
+def assert_refused(vm: Vm, second_host: SecondHost, operations: Path, why: str) -> None:
+    """Migrate the VM, which must end with *why* before anything is made there."""
+    before = status_of(cli, vm.name)
+
+    result = migrate(vm, second_host)
+
+    assert result.returncode != 0
+    assert why in result.stderr
+    assert operations.read_text().split() == ["migrate"]  # no QEMU was prepared there
+    stays(vm, second_host, before)
+
+
 def test_a_ceiling_too_low_refuses_before_anything_is_made(
     migrating_vm: Vm, second_host: SecondHost
 ) -> None:
@@ -112,14 +124,9 @@ def test_a_ceiling_too_low_refuses_before_anything_is_made(
     ):
         vm.must_start()
         tool.result()
-        before = status_of(cli, vm.name)
-
-        result = migrate(vm, second_host)
-
-        assert result.returncode != 0
-        assert "KVMI_VM_READ_PHYSICAL is above this host's ceiling" in result.stderr
-        assert operations.read_text().split() == ["migrate"]  # no QEMU was prepared there
-        stays(vm, second_host, before)
+        assert_refused(
+            vm, second_host, operations, "KVMI_VM_READ_PHYSICAL is above this host's ceiling"
+        )
 
 
 def test_a_ceiling_that_trims_lets_the_vm_in_with_less(
@@ -256,11 +263,4 @@ def test_a_target_without_the_secret_refuses_before_anything_is_made(
     ):
         vm.must_start()
         tool.result()
-        before = status_of(cli, vm.name)
-
-        result = migrate(vm, second_host)
-
-        assert result.returncode != 0
-        assert "there is no such secret" in result.stderr
-        assert operations.read_text().split() == ["migrate"]
-        stays(vm, second_host, before)
+        assert_refused(vm, second_host, operations, "there is no such secret")

@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,12 @@ def nova(prepared: object) -> Iterator[Nova]:
         yield Nova(connection)
 
 
+def assert_hooked_unrun(vm: Vm, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Check that it is hooked, as *run* the command tells there, and that its guest has not run."""
+    assert status_of(run, vm.name)["state"] == "hooked"
+    assert vm.guest_output_len() == 0
+
+
 @pytest.mark.parametrize(
     ("release", "kind", "selector"),
     [
@@ -129,12 +136,8 @@ def nova(prepared: object) -> Iterator[Nova]:
 def test_an_instance_is_hooked_before_it_is_resumed(
     vm: Vm, nova: Nova, release: str, kind: str, selector: str
 ) -> None:
-    def is_hooked() -> None:
-        assert status_of(cli, vm.name)["state"] == "hooked"
-        assert vm.guest_output_len() == 0
-
     with host.host_policy(policy(vm, selector)), probe(vm.socket) as tool:
-        domain = nova.spawn(nova_xml(vm, release, kind), is_hooked)
+        domain = nova.spawn(nova_xml(vm, release, kind), partial(assert_hooked_unrun, vm, cli))
 
         answers = tool.result()
         assert (answers["name"], answers["uuid"]) == (vm.name, vm.uuid)
@@ -320,16 +323,13 @@ def test_an_evacuated_instance_is_hooked_as_its_new_host_says(
 
     vm = migrating_vm
 
-    def is_hooked() -> None:
-        assert status_of(second_host.cli, vm.name)["state"] == "hooked"
-        assert vm.guest_output_len() == 0
-
     with (
         second_host.host_policy(policy(vm, FLAVOR)),
         second_host.probe(vm.socket) as tool,
         contextlib.closing(libvirt.open(second_host.uri)) as connection,
     ):
-        domain = Nova(connection).spawn(nova_xml(vm, NEW, "flavor"), is_hooked)
+        before_resume = partial(assert_hooked_unrun, vm, second_host.cli)
+        domain = Nova(connection).spawn(nova_xml(vm, NEW, "flavor"), before_resume)
         try:
             assert allowed(tool.result()["commands"]) == {*COMMANDS, *ALWAYS_ALLOWED}
             wait_until(lambda: vm.guest_output_len() > 0, what="the guest runs")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from live_support import Vm
+    from support import Tell
     from two_hosts import SecondHost
 
 __all__ = ["hooker", "traced"]
@@ -165,7 +166,7 @@ def test_a_migration_that_comes_in(
     tmp_path: Path,
     tool: PatientTool,
     early: bool,
-    capsys: pytest.CaptureFixture[str],
+    tell: Tell,
 ) -> None:
     assert tool
     vm = migrating_vm
@@ -184,13 +185,12 @@ def test_a_migration_that_comes_in(
             complete = first(path, "process_incoming_migration_co_end")
             stopped = first(trace(vm), "runstate_set", "(finish-migrate)")
             ran = ran_s(path)
-    with capsys.disabled():
-        print(
-            f"\nmigration of {_ms(began, ended)}: QEMU listens, {_ms(listened, hooked)} until HOOK,"
-            f" {_ms(hooked, granted)} until the last grant, {_ms(granted, stopped)} until the "
-            f"source stops, {_ms(stopped, complete)} until the memory is complete, "
-            f"{_ms(complete, ran)} until the vCPUs run"
-        )
+    tell(
+        f"migration of {_ms(began, ended)}: QEMU listens, {_ms(listened, hooked)} until HOOK,"
+        f" {_ms(hooked, granted)} until the last grant, {_ms(granted, stopped)} until the "
+        f"source stops, {_ms(stopped, complete)} until the memory is complete, "
+        f"{_ms(complete, ran)} until the vCPUs run"
+    )
     # Hooked by 'started', which libvirt runs before any memory comes.
     assert listened < hooked < granted < stopped < complete < ran
 

@@ -25,13 +25,13 @@ import host
 import pytest
 import rig
 from support import stop_process, wait_for_supervisor, wait_until
+from usage import cpu_s
 
 from kvmi_libvirt import introspect, session, worker
 from kvmi_libvirt.abi.kvmi import Ioctl
 from kvmi_libvirt.abi.v12 import V12
 from kvmi_libvirt.abi.x86_64 import NR_IOCTL
 from kvmi_libvirt.errors import SessionError
-from kvmi_libvirt.policy.element import Domain
 from kvmi_libvirt.policy.model import Rights, UnixSource
 from kvmi_libvirt.qemu import tracee as tracee_module
 from kvmi_libvirt.state import StateDir
@@ -118,21 +118,9 @@ def monitor_load(qemu: Rig) -> Iterator[list[float]]:
         thread.join()
 
 
-def domain(qemu: Rig) -> Domain:
-    return Domain(
-        name="victim",
-        uuid=qemu.uuid,
-        vcpus=2,
-        memory_bytes=32 << 20,
-        machine="pc",
-        policy=None,
-        origin="a test",
-    )
-
-
 def hook(qemu: Rig, tool: UnixSource, state: StateDir) -> None:
     policy = rig.full_policy(tool)
-    introspect.hook_vm(qemu.process, domain(qemu), policy, state=state)
+    introspect.hook_vm(qemu.process, qemu.domain("victim"), policy, state=state)
 
 
 def unhook(qemu: Rig, state: StateDir) -> None:
@@ -231,9 +219,7 @@ def assert_well(qemu: Rig, before: tuple[int, int]) -> None:
 def vcpu_time_s(qemu: Rig) -> float:
     """Return how long the first vCPU has run; the firmware keeps it busy."""
     thread = qemu.qmp("query-cpus-fast")[0]["thread-id"]
-    path = Path(f"/proc/{qemu.process.pid}/task/{thread}/stat")
-    fields = path.read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return cpu_s(qemu.process.pid, thread)
 
 
 @pytest.mark.parametrize("visit", ["hook", "change", "unhook"])

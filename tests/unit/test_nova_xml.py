@@ -185,6 +185,18 @@ def tenant_places(domain: etree._Element) -> Iterator[tuple[etree._Element, str 
             yield element, attribute
 
 
+def let_tenant_say(
+    domain: etree._Element, data: st.DataObject, texts: st.SearchStrategy[str] = TEXTS
+) -> None:
+    """Put one of *texts* in every place of *domain* that is its tenant's."""
+    for element, attribute in tenant_places(domain):
+        text = data.draw(texts)
+        if attribute is None:
+            element.text = text
+        else:
+            element.set(attribute, text)
+
+
 @given(data=st.data())
 def test_nothing_that_a_tenant_controls_ever_decides(data: st.DataObject) -> None:
     chosen = data.draw(st.sampled_from(FILES))
@@ -196,12 +208,7 @@ def test_nothing_that_a_tenant_controls_ever_decides(data: st.DataObject) -> Non
         parent = found.getparent()
         assert parent is not None
         parent.extend(copy.deepcopy(found) for _ in range(data.draw(st.integers(0, 2))))
-    for element, attribute in tenant_places(domain):
-        text = data.draw(TEXTS)
-        if attribute is None:
-            element.text = text
-        else:
-            element.set(attribute, text)
+    let_tenant_say(domain, data)
 
     assert outcome(etree.tostring(domain), host) == before
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from assignments import MODES, assign, policy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,22 +15,11 @@ from kvmi_libvirt.policy.demand import is_demanded
 from kvmi_libvirt.policy.element import parse_domain
 from kvmi_libvirt.policy.facts import Identity
 from kvmi_libvirt.policy.host import parse_host_policy
-from kvmi_libvirt.policy.model import NAMESPACE, Mode
+from kvmi_libvirt.policy.model import Mode
 
 ROOT = Path(__file__).resolve().parents[3]
 GUARDED = (ROOT / "tests" / "data" / "nova" / "32.2.1-flavor.xml").read_bytes()
 PLAIN = (ROOT / "tests" / "data" / "nova" / "32.2.1-plain.xml").read_bytes()
-
-
-def assign(match: str, mode: str = " mode='required'") -> str:
-    return (
-        f"<assign{mode}><match {match}/><source type='unix' path='/run/kvmi/x.sock'/>"
-        "<commands><allow name='VM_GET_INFO'/></commands></assign>"
-    )
-
-
-def policy(*assignments: str) -> bytes:
-    return f"<host-policy xmlns='{NAMESPACE}'>{''.join(assignments)}</host-policy>".encode()
 
 
 def demanded(data: bytes, xml: bytes = GUARDED) -> bool:
@@ -88,7 +78,6 @@ SELECTORS = st.sampled_from(
         "nova-extra-spec='kvmi:profile=protect'",
     ]
 )
-MODES = st.sampled_from(["", " mode='optional'", " mode='required'"])
 
 
 @given(
